@@ -1,0 +1,221 @@
+"""One connection to one file: how it is opened, set up and closed, and what SQLite's errors mean.
+
+All of this is about one connection: the schema is `_schema`'s, threads and transactions are `db`'s.
+"""
+
+import os
+import sqlite3
+import stat
+import time
+from _thread import get_ident  # `threading` has the same one, and takes a fifth as long to import as sqlite3 does
+
+from .errors import OpenError
+
+MEMORY = ":memory:"
+FileId = tuple[int, int]  # device and inode
+
+pid = os.getpid()
+"""This process, kept up to date across fork: `os.getpid()` is a system call, as long as a quarter of a `SELECT 1`."""
+
+_inherited: set[FileId] = set()
+"""The files that this process's parent had open when it forked."""
+
+
+def uri(path: str, mode: str) -> str:
+    """`path` as a URI, which alone can say `mode=rw`: create nothing (https://sqlite.org/uri.html)."""
+    escaped = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    return f"file://{escaped}?mode={mode}"  # "//" and no authority: the path itself may begin with two slashes
+
+
+def connect(uri: str, timeout: float) -> sqlite3.Connection:
+    """Connect in autocommit mode. The connection is freed by its `close()` and by nothing else.
+
+    Freed in a forked child, it would roll back there, and so clear the parent's uncommitted frames out of the WAL index
+    that they share: "database disk image is malformed", in the parent (https://sqlite.org/howtocorrupt.html, 2.6).
+    """
+    conn = sqlite3.connect(uri, timeout=timeout, isolation_level=None, uri=True)
+    # SQLite holds the function and the function its connection: a cycle that the garbage collector doesn't see.
+    conn.create_function("daemon_db_connection", 0, lambda: repr(conn))
+    return conn
+
+
+class Owner:
+    """What closes a thread's connection when the thread ends: kept in a `threading.local`, dropped with it.
+
+    It keeps that `local` in turn, so as to be dropped at the thread's end and not, by another thread, with the `DB`.
+    """
+
+    __slots__ = ("_local", "_pid", "_thread", "conn")
+    open_files: dict[int, FileId] = {}
+
+    def __init__(self, conn: sqlite3.Connection, file: FileId | None, local: object) -> None:
+        self.conn = conn
+        self._local = local
+        self._pid, self._thread = pid, get_ident()
+        if file is not None:
+            self.open_files[id(self)] = file
+
+    def close(self) -> None:
+        self.open_files.pop(id(self), None)
+        self.conn.close()
+
+    # As defaults: when the interpreter exits, this module's globals are gone before the main thread's locals.
+    def __del__(self, getpid=os.getpid, get_ident=get_ident) -> None:  # type: ignore[no-untyped-def]
+        # Another thread's owner is dropped by the main thread: in a forked child, before functions registered to run
+        # there do, and when the interpreter exits under a daemon thread. Both leave the connection open.
+        if self._pid == getpid() and self._thread == get_ident():
+            self.close()
+
+
+def _after_fork_in_child() -> None:
+    global pid
+    pid = os.getpid()
+    _inherited.update(Owner.open_files.values())
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def file_id(path: str) -> FileId | None:
+    """Which file is at `path` now, by what SQLite, too, tells files apart. None: no regular file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
+
+
+def refuse_inherited(path: str) -> None:
+    """Raise `OpenError` where SQLite would take locks that the parent process holds for locks of this one.
+
+    It lists a process's locks by inode. A fork copies the list and not the locks, so that the parent's last `close()`
+    finds the file free, and removes the WAL under the child: what the child commits from then on is lost.
+    """
+    if _inherited and file_id(path) in _inherited:
+        raise OpenError(
+            path,
+            "this process was forked while its parent had the file open, and SQLite's locks on it don't work here; "
+            "close the DB before the fork, or start the process by spawn or exec",
+        )
+
+
+def refuse_unusable(path: str) -> FileId:
+    """Which file was connected to; `OpenError` for one that can't be written, where SQLite would go on to read it."""
+    file = file_id(path)
+    if file is None:
+        raise OpenError(path, "not a regular file")
+    if not _allowed(path, os.R_OK | os.W_OK):
+        raise OpenError(path, _NOT_ALLOWED)
+    return file
+
+
+def is_wal(conn: sqlite3.Connection, path: str) -> bool:
+    """Whether WAL mode is on, or needn't be: a database in memory has no journal file (https://sqlite.org/wal.html)."""
+    wanted = "memory" if path == MEMORY else "wal"
+    return bool(conn.execute("PRAGMA journal_mode").fetchone() == (wanted,))
+
+
+def switch_to_wal(conn: sqlite3.Connection, path: str, deadline: float) -> None:
+    """Turn WAL mode on, waiting for locks until `deadline`; `OpenError` where it isn't to be had."""
+    while True:
+        set_busy_timeout(conn, deadline - time.monotonic())
+        try:
+            (mode,) = conn.execute("PRAGMA journal_mode=WAL").fetchone()
+            break
+        except sqlite3.OperationalError as error:
+            # If a writer's lock is in the way of this switch, SQLite does not run its busy handler.
+            if not is_busy(error) or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.002)
+    if mode != "wal":
+        raise OpenError(path, f"WAL mode is not available here: journal_mode stayed {mode!r}")
+
+
+def enforce_foreign_keys(conn: sqlite3.Connection) -> None:
+    """Turn foreign keys on: a connection begins with them off (https://sqlite.org/foreignkeys.html#fk_enable)."""
+    conn.execute("PRAGMA foreign_keys=ON")
+
+
+def enforces_foreign_keys(conn: sqlite3.Connection) -> bool:
+    """Whether that had an effect: in a SQLite that was built without foreign keys it has none."""
+    return bool(conn.execute("PRAGMA foreign_keys").fetchone() == (1,))
+
+
+def set_busy_timeout(conn: sqlite3.Connection, seconds: float) -> None:
+    """Let statements wait that long for a lock (https://sqlite.org/pragma.html#pragma_busy_timeout)."""
+    conn.execute(f"PRAGMA busy_timeout={max(0, int(seconds * 1000))}")
+
+
+def close_unchanged(conn: sqlite3.Connection, path: str) -> None:
+    """Close a connection to a file that isn't ours, without the checkpoint that the last one to close makes.
+
+    Where a killed process left a WAL, that checkpoint would write to the file.
+    """
+    wal = os.path.realpath(path) + "-wal"
+    if os.path.exists(wal) and os.path.getsize(wal) > 0:
+        reader = connect(uri(path, "ro"), 0)  # closed after `conn`, which is not the last then; itself it can't write
+        reader.execute("PRAGMA schema_version")
+        conn.close()
+        reader.close()
+    conn.close()
+
+
+def is_busy(error: sqlite3.Error) -> bool:
+    """Whether another connection's lock is what SQLite met (https://sqlite.org/rescode.html#busy)."""
+    return _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def locked() -> sqlite3.OperationalError:
+    """The error that SQLite raises when the busy timeout has passed."""
+    error = sqlite3.OperationalError("database is locked")
+    error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_BUSY, "SQLITE_BUSY"
+    return error
+
+
+def open_error(path: str, error: sqlite3.Error, timeout: float) -> OpenError:
+    """SQLite's `error`, met while opening `path`, in words that say what to fix."""
+    code = _code(error)
+    if is_busy(error):
+        reason = f"locked for more than {float(timeout)} s"
+    elif code == sqlite3.SQLITE_NOTADB:
+        reason = "not a SQLite database"
+    elif code == sqlite3.SQLITE_CORRUPT:
+        reason = f"damaged ({error}): restore a backup, or see https://sqlite.org/recovery.html"
+    else:
+        reason = _obstacle(path) or str(error)
+    translated = OpenError(path, reason)
+    if code:
+        translated.sqlite_errorcode, translated.sqlite_errorname = error.sqlite_errorcode, error.sqlite_errorname
+    return translated
+
+
+def _code(error: sqlite3.Error) -> int:
+    """The primary result code: the low byte of the extended one. 0: Python's own error, not SQLite's."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+_NOT_ALLOWED = "permission denied: the file is not readable and writable by this user"
+
+
+def _obstacle(path: str) -> str | None:
+    """What in the file system is in the way, of which SQLite says only "unable to open database file"."""
+    parent = os.path.dirname(path)
+    try:
+        os.stat(os.path.join(parent, ""))  # with the slash: as a directory
+    except FileNotFoundError:
+        return f"parent directory {parent} does not exist"
+    except OSError as error:
+        return f"parent directory {parent}: {error.strerror}"
+    if os.path.isdir(path):
+        return "it is a directory"
+    if os.path.exists(path) and not _allowed(path, os.R_OK | os.W_OK):
+        return _NOT_ALLOWED
+    if not _allowed(parent, os.W_OK | os.X_OK):
+        return f"permission denied: directory {parent} is not writable by this user"
+    return None
+
+
+def _allowed(path: str, mode: int) -> bool:
+    # Asked, not tried: closing any descriptor of the file drops all locks of this process on it
+    # (https://sqlite.org/howtocorrupt.html, 2.2).
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)

@@ -1,0 +1,285 @@
+"""`DB`: one database for all threads of a daemon. Each has a connection of its own; in writing they take turns."""
+
+import itertools
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Generator
+
+from . import _connection
+from ._connection import MEMORY
+from .errors import OpenError, SchemaError
+
+_LONGEST_TIMEOUT = 2_147_483  # SQLite counts milliseconds in 32 bits: more would turn negative, and that means no wait
+
+_memory_numbers = itertools.count()
+
+
+class DB:
+    """An open database, as `DB.open` returns it. Threads share it; the connections that it hands out they don't.
+
+    `path` is the file, absolute, or ":memory:". Leaving a `with` block closes it.
+    """
+
+    def __init__(self, path: str, timeout: float, on_connect: Callable[[sqlite3.Connection], object] | None) -> None:
+        import threading  # here, because it takes a fifth as long to import as sqlite3 does
+
+        self.path = path
+        self._timeout = timeout
+        self._on_connect = on_connect
+        self._file: _connection.FileId | None = None
+        self._memory_uri = ""
+        self._anchor: sqlite3.Connection | None = None
+        self._local = threading.local()
+        self._turn = threading.RLock()
+        self._pid = _connection.pid
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        timeout: float = 5.0,
+        on_connect: Callable[[sqlite3.Connection], object] | None = None,
+    ) -> "DB":
+        """Create or open the database at `path`: in WAL mode, foreign keys enforced, the schema in place.
+
+        `path` is a file name, made absolute at once, or ":memory:", a database in memory for this `DB`'s threads.
+        `timeout` is how many seconds a wait for a lock may last: this call's, a statement's, a transaction's.
+        `on_connect(conn)` is called with each new connection, last, in the thread that gets it: for `row_factory`,
+        `PRAGMA synchronous` and the like. What it raises goes on to the caller, and the connection is closed.
+
+        Raises `OpenError` if the file can't be opened, and `SchemaError` if it is a database but not one that fits:
+        both before the first write. Raises `TypeError` or `ValueError` for a wrong argument.
+
+        Seed: "Functions to Implement". https://sqlite.org/wal.html, https://sqlite.org/foreignkeys.html.
+        """
+        name = os.fspath(path)
+        if not isinstance(name, str):
+            raise TypeError(f"path must be str or os.PathLike[str], not {type(path).__name__}")
+        if not name or "\0" in name:
+            raise ValueError(f"path must be a file name, not {name!r}")
+        if not 0 <= timeout <= _LONGEST_TIMEOUT:
+            raise ValueError(f"timeout must be from 0 to {_LONGEST_TIMEOUT} seconds, not {timeout!r}")
+        if name != MEMORY and not os.path.isabs(name):
+            name = os.path.join(os.getcwd(), name)  # abspath() would take "link/.." for "."
+        db = cls(name, timeout, on_connect)
+        try:
+            db._connect(db._open_first)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    @property
+    def conn(self) -> sqlite3.Connection:
+        """The calling thread's own connection: opened when it first asks, closed when it ends.
+
+        It is in autocommit mode: outside of `transaction()` each statement commits by itself. Don't close it, and don't
+        hand it to another thread.
+
+        Raises `sqlite3.ProgrammingError` after `close()` and in a forked child (https://sqlite.org/howtocorrupt.html,
+        2.6). A thread's first use raises what `open` raises, for instance if the file was removed or replaced.
+        """
+        if self._closed or self._pid != _connection.pid:
+            raise self._refusal()
+        try:
+            conn: sqlite3.Connection = self._local.conn
+            return conn
+        except AttributeError:
+            pass
+        return self._connect(self._open_another)
+
+    def transaction(self) -> "Transaction":
+        """One write transaction: `with db.transaction() as conn:`, where `conn` is the calling thread's connection.
+
+        Threads take turns, each waiting up to `timeout` seconds for its own; then `BEGIN IMMEDIATE` waits up to
+        `timeout` for other processes. The end of the block commits. Any exception rolls back and goes on.
+
+        Raises `sqlite3.OperationalError`: "database is locked" after `timeout`, and inside of another transaction
+        "cannot start a transaction within a transaction". Raises what `conn` raises, and what COMMIT does, rolled back.
+        https://sqlite.org/lang_transaction.html.
+        """
+        return Transaction(self._transaction())
+
+    def close(self) -> None:
+        """Close the calling thread's connection, and refuse any later use. Any thread may call it, and more than once.
+
+        Another thread in the middle of a transaction finishes it. Its connection closes when it ends or asks for
+        `conn`.
+        """
+        self._closed = True
+        if self._pid == _connection.pid:  # else all connections are the parent's
+            self._close_own()
+            if self._anchor is not None:
+                self._anchor.close()
+
+    __del__ = close
+
+    def __enter__(self) -> "DB":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<daemon_db.DB {self.path!r} {'closed' if self._closed else 'open'}>"
+
+    def _connect(self, open_connection: Callable[[], sqlite3.Connection]) -> sqlite3.Connection:
+        """Make what `open_connection` returns the calling thread's connection."""
+        try:
+            conn = open_connection()
+        except (OpenError, SchemaError, sqlite3.NotSupportedError):
+            raise
+        except sqlite3.Error as error:
+            raise _connection.open_error(self.path, error, self._timeout) from error
+        try:
+            if self._on_connect is not None:
+                self._on_connect(conn)
+            if self._closed:  # by another thread, meanwhile
+                raise self._refusal()
+        except BaseException:
+            conn.close()
+            raise
+        self._local.owner = _connection.Owner(conn, self._file, self._local)
+        self._local.conn = conn
+        return conn
+
+    def _open_first(self) -> sqlite3.Connection:
+        """Open the database: first refuse whatever is to be refused, then write."""
+        from . import _schema  # here, because `import daemon_db` can do without
+
+        deadline = time.monotonic() + self._timeout
+        if self.path == MEMORY:
+            self._open_memory()
+        else:
+            _connection.refuse_inherited(self.path)
+        conn = _connection.connect(self._memory_uri or _connection.uri(self.path, "rwc"), self._timeout)
+        try:
+            if self.path != MEMORY:
+                self._file = _connection.refuse_unusable(self.path)
+            is_complete = _schema.is_unchanged(conn)
+            if not is_complete:
+                conn.execute("BEGIN")  # one snapshot: another process may be creating the schema
+                is_complete = _schema.is_complete(conn, self.path)
+                conn.execute("COMMIT")
+            is_wal = _connection.is_wal(conn, self.path)
+            _connection.enforce_foreign_keys(conn)
+            if not _connection.enforces_foreign_keys(conn):
+                raise OpenError(self.path, "this SQLite was built without foreign keys")
+            if not is_wal:
+                _connection.switch_to_wal(conn, self.path, deadline)
+            if not is_complete:
+                _connection.set_busy_timeout(conn, deadline - time.monotonic())
+                _schema.create(conn, self.path)
+            if not (is_wal and is_complete):
+                _connection.set_busy_timeout(conn, self._timeout)
+        except SchemaError:
+            _connection.close_unchanged(conn, self.path)
+            raise
+        except BaseException:
+            conn.close()
+            raise
+        return conn
+
+    def _open_memory(self) -> None:
+        if sqlite3.sqlite_version_info >= (3, 36):
+            # The memdb VFS shares a name that begins with "/" within the process, while a connection to it is open: the
+            # anchor. No statement runs on that one, so that any thread may close it.
+            self._memory_uri = f"file:/daemon_db-{next(_memory_numbers)}?vfs=memdb"
+            self._anchor = sqlite3.connect(self._memory_uri, uri=True, check_same_thread=False)
+        else:
+            self._memory_uri = "file::memory:"
+
+    def _open_another(self) -> sqlite3.Connection:
+        """Open one more connection, to what `_open_first` opened and to nothing else."""
+        if self.path == MEMORY and self._anchor is None:
+            raise sqlite3.NotSupportedError(
+                f"SQLite {sqlite3.sqlite_version} has a {MEMORY} database for one thread only; 3.36 shares it"
+            )
+        conn = _connection.connect(self._memory_uri or _connection.uri(self.path, "rw"), self._timeout)
+        try:
+            # The first read opens the -wal file, by name. Only then is it certain which file this is, and so that it is in
+            # WAL mode: the mode is the file's.
+            conn.execute("PRAGMA schema_version")
+            if self.path != MEMORY and _connection.file_id(self.path) != self._file:
+                raise OpenError(self.path, "removed or replaced since this DB was opened; open a new DB")
+            _connection.enforce_foreign_keys(conn)
+        except BaseException:
+            conn.close()
+            raise
+        return conn
+
+    def _transaction(self) -> Generator[sqlite3.Connection, None, None]:
+        conn = self.conn
+        if conn.in_transaction:
+            conn.execute("BEGIN IMMEDIATE")  # SQLite's own error; the outer transaction can go on
+        try:
+            if not self._turn.acquire(timeout=self._timeout):
+                raise _connection.locked()
+            conn.execute("BEGIN IMMEDIATE")
+            yield conn
+            conn.execute("COMMIT")
+        except BaseException as error:
+            self._roll_back(conn, error)
+            raise
+        finally:
+            try:
+                self._turn.release()
+            except RuntimeError:
+                pass  # it isn't this thread's: the wait for it timed out or was interrupted
+
+    def _roll_back(self, conn: sqlite3.Connection, error: BaseException) -> None:
+        try:
+            conn.rollback()  # nothing, if SQLite has rolled back by itself
+        except sqlite3.Error as second:
+            error.add_note(f"ROLLBACK failed, too, and the connection was closed: {second}")
+            self._discard(conn)
+
+    def _discard(self, conn: sqlite3.Connection) -> None:
+        if getattr(self._local, "conn", None) is conn:
+            self._close_own()
+
+    def _close_own(self) -> None:
+        mine = vars(self._local)
+        mine.pop("conn", None)
+        if owner := mine.pop("owner", None):
+            owner.close()
+
+    def _refusal(self) -> sqlite3.ProgrammingError:
+        if self._pid != _connection.pid:
+            return sqlite3.ProgrammingError(
+                f"{self!r} was opened before a fork(), which no connection survives: "
+                "close it in the parent before it forks, and open a new DB in the child"
+            )
+        conn = getattr(self._local, "conn", None)
+        if conn is not None and not conn.in_transaction:  # in one, the thread is still to finish it
+            self._close_own()
+        return sqlite3.ProgrammingError("Cannot operate on a closed database.")
+
+
+class Transaction:
+    """What `DB.transaction` returns, for one `with` statement. `contextlib` does the same, and takes as long to import
+    as all of this package.
+
+    A signal handler's exception, such as KeyboardInterrupt, may come between the block and the first instruction of
+    `__exit__`. Then the generator is closed, and so rolls back, when that exception's traceback is dropped.
+    """
+
+    def __init__(self, steps: Generator[sqlite3.Connection, None, None]) -> None:
+        self._steps = steps
+
+    def __enter__(self) -> sqlite3.Connection:
+        return next(self._steps)
+
+    def __exit__(self, exc_type: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            next(self._steps, None)
+            return
+        try:
+            self._steps.throw(error)
+        except BaseException as raised:
+            if raised is not error:
+                raise
+            error.__traceback__ = traceback  # type: ignore[assignment]  # as it was, without the steps
