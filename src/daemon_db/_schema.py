@@ -191,7 +191,7 @@ def _words(*parts: str | int | None) -> str:
 
 
 def _has_autoincrement(sql: str) -> bool:
-    """Whether AUTOINCREMENT is in a table's text: no pragma shows it, but a keyword is outside of comments and quotes."""
+    """Whether AUTOINCREMENT, which no pragma shows, is in a table's text: as a keyword, not in a comment or quotes."""
     import re  # here, because it takes half as long to import as sqlite3 does, and few files need it
 
     quoted = r"""--[^\n]*|/\*.*?(?:\*/|\Z)|'[^']*'|"[^"]*"|`[^`]*`|\[[^\]]*\]"""

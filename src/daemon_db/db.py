@@ -200,8 +200,8 @@ class DB:
             )
         conn = _connection.connect(self._memory_uri or _connection.uri(self.path, "rw"), self._timeout)
         try:
-            # The first read opens the -wal file, by name. Only then is it certain which file this is, and so that it is in
-            # WAL mode: the mode is the file's.
+            # The first read opens the -wal file, by name. Only then is it certain which file this is, and so that it is
+            # in WAL mode: the mode is the file's.
             conn.execute("PRAGMA schema_version")
             if self.path != MEMORY and _connection.file_id(self.path) != self._file:
                 raise OpenError(self.path, "removed or replaced since this DB was opened; open a new DB")

@@ -1,0 +1,93 @@
+"""What several test modules need: a run to hang things on, Python in child processes, and how long to go on.
+
+`DAEMON_DB_LONG=1` in the environment makes the tests of races, crashes, threads and damage run at the numbers of the README's
+table, which takes minutes; without it the same tests run for a moment each.
+"""
+
+import multiprocessing
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+LONG = os.environ.get("DAEMON_DB_LONG") == "1"
+
+
+def rounds(short: int, long: int) -> int:
+    """How often to repeat: `long` with `DAEMON_DB_LONG=1`."""
+    return long if LONG else short
+
+
+def insert_run(conn: sqlite3.Connection, run_id: str = "run-1") -> None:
+    conn.execute(
+        "INSERT INTO runs (id, feature_branch, repo_path, target_branch, tasks_dir, parallelism, status)"
+        " VALUES (?, ?, '/repo', 'main', 'tasks', 4, 'running')",
+        (run_id, f"feature/{run_id}"),
+    )
+
+
+def append_event(conn: sqlite3.Connection, run_id: str = "run-1") -> int:
+    """Append an event with the run's next sequence number, which is returned. For within a transaction."""
+    (sequence,) = conn.execute(
+        "SELECT coalesce(max(sequence), 0) + 1 FROM events WHERE run_id = ?", (run_id,)
+    ).fetchone()
+    conn.execute("INSERT INTO events (run_id, sequence, event_type) VALUES (?, ?, 'step')", (run_id, sequence))
+    return int(sequence)
+
+
+def start(code: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
+    """Start Python on `code`, with `arguments` in `sys.argv[1:]`, pipes for its three streams, and warnings as errors."""
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, **(pipes | options))
+
+
+def run(code: str, *arguments: object, **options: object) -> str:
+    """Run Python on `code` to its end, which must be exit status 0 and nothing on standard error; what it printed."""
+    process = start(code, *arguments, **options)
+    try:
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, errors) == (0, ""), f"exit status {process.returncode}\n{errors}\n{output}"
+    return output
+
+
+def together(count: int, function: Callable[..., object], *arguments: object) -> list[object]:
+    """Call `function(barrier, number, *arguments)` in `count` new processes; what each returned, or its exception.
+
+    `barrier.wait()` in there lets all of them go on at the same moment.
+    """
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    barrier = context.Barrier(count)
+    processes = [
+        context.Process(target=_call, args=(results, function, barrier, number, *arguments)) for number in range(count)
+    ]
+    for process in processes:
+        process.start()
+    returned = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return returned
+
+
+def _call(results, function, *arguments):  # type: ignore[no-untyped-def]
+    try:
+        results.put(function(*arguments))
+    except BaseException as error:
+        results.put(error)
+
+
+def open_files() -> list[str]:
+    """The files that this process has open."""
+    names = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            names.append(str(descriptor.readlink()))
+        except FileNotFoundError:
+            pass  # the one that iterdir() itself had open
+    return sorted(names)
