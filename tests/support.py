@@ -1,7 +1,7 @@
 """What several test modules need: a run to hang things on, Python in child processes, and how long to go on.
 
-`DAEMON_DB_LONG=1` in the environment makes the tests of races, crashes, threads and damage run at the numbers of the README's
-table, which takes minutes; without it the same tests run for a moment each.
+`DAEMON_DB_LONG=1` in the environment makes the tests of races, crashes, threads and damage run at the numbers of the
+README's table, which takes minutes. Without it the same tests run for a moment each.
 """
 
 import multiprocessing
@@ -38,10 +38,11 @@ def append_event(conn: sqlite3.Connection, run_id: str = "run-1") -> int:
 
 
 def start(code: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
-    """Start Python on `code`, with `arguments` in `sys.argv[1:]`, pipes for its three streams, and warnings as errors."""
+    """Start Python on `code`: `arguments` in `sys.argv[1:]`, pipes for its three streams, warnings as errors."""
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, **(pipes | options))
+    defaults = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # so that children find what the tests find
+    return subprocess.Popen(command, text=True, env=environment, **(defaults | options))
 
 
 def run(code: str, *arguments: object, **options: object) -> str:

@@ -198,18 +198,22 @@ class DB:
             raise sqlite3.NotSupportedError(
                 f"SQLite {sqlite3.sqlite_version} has a {MEMORY} database for one thread only; 3.36 shares it"
             )
+        self._refuse_other_file()
         conn = _connection.connect(self._memory_uri or _connection.uri(self.path, "rw"), self._timeout)
         try:
             # The first read opens the -wal file, by name. Only then is it certain which file this is, and so that it is
             # in WAL mode: the mode is the file's.
             conn.execute("PRAGMA schema_version")
-            if self.path != MEMORY and _connection.file_id(self.path) != self._file:
-                raise OpenError(self.path, "removed or replaced since this DB was opened; open a new DB")
+            self._refuse_other_file()
             _connection.enforce_foreign_keys(conn)
         except BaseException:
             conn.close()
             raise
         return conn
+
+    def _refuse_other_file(self) -> None:
+        if self.path != MEMORY and _connection.file_id(self.path) != self._file:
+            raise OpenError(self.path, "removed or replaced since this DB was opened; open a new DB")
 
     def _transaction(self) -> Generator[sqlite3.Connection, None, None]:
         conn = self.conn
