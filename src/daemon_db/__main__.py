@@ -5,7 +5,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 
-from . import DB, _schema
+from . import DB, OpenError, SchemaError, _schema
 
 
 def main() -> int:
@@ -23,8 +23,10 @@ def main() -> int:
             problems = list(check(db.conn)) if arguments.check else []
     except ValueError as error:
         parser.error(str(error))
-    except sqlite3.Error as error:
+    except (OpenError, SchemaError) as error:
         return fail(str(error))
+    except sqlite3.Error as error:
+        return fail(f"{arguments.path}: {error}")
     if problems:
         return fail(f"{db.path} failed the check: {'; '.join(problems)}")
     if arguments.check:

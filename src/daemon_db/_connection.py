@@ -27,13 +27,13 @@ def uri(path: str, mode: str) -> str:
     return f"file://{escaped}?mode={mode}"  # "//" and no authority: the path itself may begin with two slashes
 
 
-def connect(uri: str, timeout: float) -> sqlite3.Connection:
+def connect(uri: str, timeout: float, *, check_same_thread: bool = True) -> sqlite3.Connection:
     """Connect in autocommit mode. The connection is freed by its `close()` and by nothing else.
 
     Freed in a forked child, it would roll back there, and so clear the parent's uncommitted frames out of the WAL index
     that they share: "database disk image is malformed", in the parent (https://sqlite.org/howtocorrupt.html, 2.6).
     """
-    conn = sqlite3.connect(uri, timeout=timeout, isolation_level=None, uri=True)
+    conn = sqlite3.connect(uri, timeout=timeout, isolation_level=None, check_same_thread=check_same_thread, uri=True)
     # SQLite holds the function and the function its connection: a cycle that the garbage collector doesn't see.
     conn.create_function("daemon_db_connection", 0, lambda: repr(conn))
     return conn

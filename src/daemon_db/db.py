@@ -188,7 +188,7 @@ class DB:
             # The memdb VFS shares a name that begins with "/" within the process, while a connection to it is open: the
             # anchor. No statement runs on that one, so that any thread may close it.
             self._memory_uri = f"file:/daemon_db-{next(_memory_numbers)}?vfs=memdb"
-            self._anchor = sqlite3.connect(self._memory_uri, uri=True, check_same_thread=False)
+            self._anchor = _connection.connect(self._memory_uri, 0, check_same_thread=False)
         else:
             self._memory_uri = "file::memory:"
 
@@ -224,9 +224,12 @@ class DB:
                 raise _connection.locked()
             conn.execute("BEGIN IMMEDIATE")
             yield conn
+            if self._pid != _connection.pid:
+                raise self._refusal()
             conn.execute("COMMIT")
         except BaseException as error:
-            self._roll_back(conn, error)
+            if self._pid == _connection.pid:  # else it is the parent's to end
+                self._roll_back(conn, error)
             raise
         finally:
             try:
