@@ -12,6 +12,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import daemon_db
+
+# So that child processes find what the tests find, in whatever directory they are.
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+
 LONG = os.environ.get("DAEMON_DB_LONG") == "1"
 
 
@@ -37,12 +42,28 @@ def append_event(conn: sqlite3.Connection, run_id: str = "run-1") -> int:
     return int(sequence)
 
 
+FILL = """
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300)
+INSERT INTO runs SELECT 'run-' || i, 'feature/' || i, '/repo', 'main', 'tasks', 4, 'running', NULL, NULL, NULL, NULL
+FROM n;
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10)
+INSERT INTO units (id, run_id, unit_id, status) SELECT runs.id || '/' || i, runs.id, i, 'pending' FROM runs, n;
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20)
+INSERT INTO events (run_id, sequence, event_type) SELECT runs.id, i, 'step' FROM runs, n;
+"""
+
+
+def fill_with_sqlite3(path: Path) -> None:
+    """Have the `sqlite3` program make a database: 300 runs, each with 10 units and 20 events, rollback-journal mode."""
+    schema = Path(daemon_db.__file__).with_name("schema.sql").read_text()
+    subprocess.run(["sqlite3", path], input=schema + FILL, text=True, check=True)
+
+
 def start(code: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
     """Start Python on `code`: `arguments` in `sys.argv[1:]`, pipes for its three streams, warnings as errors."""
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
     defaults = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # so that children find what the tests find
-    return subprocess.Popen(command, text=True, env=environment, **(defaults | options))
+    return subprocess.Popen(command, text=True, env=ENVIRONMENT, **(defaults | options))
 
 
 def run(code: str, *arguments: object, **options: object) -> str:

@@ -9,11 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import daemon_db
 from daemon_db import DB, __main__
-from support import insert_run
-
-SCHEMA = Path(daemon_db.__file__).with_name("schema.sql")
+from support import fill_with_sqlite3, insert_run
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -43,21 +40,10 @@ def test_it_creates_a_database_and_says_what_it_found(tmp_path: Path) -> None:
         }
 
 
-FILL = """
-WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300)
-INSERT INTO runs SELECT 'run-' || i, 'feature/' || i, '/repo', 'main', 'tasks', 4, 'running', NULL, NULL, NULL, NULL
-FROM n;
-WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10)
-INSERT INTO units (id, run_id, unit_id, status) SELECT runs.id || '/' || i, runs.id, i, 'pending' FROM runs, n;
-WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20)
-INSERT INTO events (run_id, sequence, event_type) SELECT runs.id, i, 'step' FROM runs, n;
-"""
-
-
 @pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command-line program")
 def test_a_database_that_another_program_made(tmp_path: Path) -> None:
     path = tmp_path / "daemon.db"
-    subprocess.run(["sqlite3", path], input=SCHEMA.read_text() + FILL, text=True, check=True)
+    fill_with_sqlite3(path)
     assert path.read_bytes()[18:20] == b"\1\1"  # https://sqlite.org/fileformat2.html: a rollback journal
     done = command(path, "--check")
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,55 @@
+"""What the README shows is run, as written. The two commands that install it first are run by `.ci/run`."""
+
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import ENVIRONMENT, fill_with_sqlite3
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    command = [sys.executable, "-W", "error", *arguments]
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_the_daemon(tmp_path: Path) -> None:
+    (code,) = blocks("python")
+    lines = run("-c", code, cwd=tmp_path).splitlines()
+    assert lines[:2] == ["to do: run-1 api", "to do: run-1 ui"]
+    events = [line.split() for line in lines[2:]]
+    assert [sequence for sequence, _, _ in events] == ["1", "2", "3", "4"]
+    for unit in ("api", "ui"):
+        assert [event for _, event, unit_id in events if unit_id == unit] == ["unit.started", "unit.done"]
+
+
+@pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command-line program")
+def test_the_command_line(tmp_path: Path) -> None:
+    (block,) = blocks("console")
+    command, shown = block.split("\n", 1)
+    assert command.startswith("$ python -m daemon_db ")
+    fill_with_sqlite3(tmp_path / "daemon.db")
+    printed = run(*command.split()[2:], cwd=tmp_path)
+    printed = printed.replace(str(tmp_path), "/home/you")
+    printed = re.sub(rf"{sqlite3.sqlite_version}.*", "3.51.3", printed)
+    assert printed == shown
+
+
+def test_every_command_is_known_to_be_run() -> None:
+    setup = "python3 -m venv .venv && .venv/bin/python -m pip install --quiet"
+    assert blocks("sh") == [
+        f"{setup} . && .venv/bin/python -m daemon_db daemon.db\n",
+        f'{setup} ".[test]" && .venv/bin/python -m pytest\n',
+    ]
