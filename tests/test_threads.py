@@ -37,7 +37,12 @@ def throw(error: BaseException) -> None:
     raise error
 
 
-@pytest.fixture(params=["file", "memory"])
+shares_memory = pytest.mark.skipif(
+    sqlite3.sqlite_version_info < (3, 36), reason="SQLite before 3.36 has no memory database for several threads"
+)
+
+
+@pytest.fixture(params=["file", pytest.param("memory", marks=shares_memory)])
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return ":memory:" if request.param == "memory" else str(tmp_path / "daemon.db")
 
@@ -102,6 +107,7 @@ def test_readers_neither_wait_for_a_writer_nor_see_what_it_has_not_committed(tmp
         assert in_thread(runs) == 1
 
 
+@shares_memory
 def test_a_memory_database_is_its_own_threads_only() -> None:
     with DB.open(":memory:") as db, DB.open(":memory:") as other:
         insert_run(db.conn)
@@ -109,6 +115,7 @@ def test_a_memory_database_is_its_own_threads_only() -> None:
         assert in_thread(lambda: other.conn.execute("SELECT id FROM runs").fetchall()) == []
 
 
+@shares_memory
 def test_a_memory_database_outlives_the_thread_that_opened_it() -> None:
     db = in_thread(lambda: DB.open(":memory:"))
     assert isinstance(db, DB)

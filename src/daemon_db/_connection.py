@@ -99,6 +99,20 @@ def refuse_inherited(path: str) -> None:
         )
 
 
+def open_mode(path: str) -> str:
+    """The URI's `mode`: create a file or not. `OpenError` for what SQLite would take for a database, and isn't."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        # SQLite simplifies a path by its text, and would create "no/../db" where the operating system says no.
+        return "rwc" if os.path.isdir(os.path.join(os.path.dirname(path), "")) else "rw"
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise OpenError(path, "not a regular file")  # to open one may wait forever
+    if stat.S_ISREG(status.st_mode) and status.st_size == 1:
+        raise OpenError(path, "not a SQLite database")  # SQLite takes one byte for none
+    return "rw"
+
+
 def refuse_unusable(path: str) -> FileId:
     """Which file was connected to; `OpenError` for one that can't be written, where SQLite would go on to read it."""
     file = file_id(path)

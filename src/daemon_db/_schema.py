@@ -3,14 +3,15 @@
 A file is compatible when every statement written against `schema.sql` works on it, as long as the statement names its
 columns, and when nothing else there refuses a row that `schema.sql` accepts. Compared is what SQLite's pragmas show
 (https://sqlite.org/pragma.html#pragma_table_xinfo). They don't show CHECK constraints, a column's collation (an index's
-they do), ON CONFLICT clauses, DEFERRABLE, nor what a trigger does: differences there are not seen.
+they do), ON CONFLICT clauses, DEFERRABLE, what a trigger does, nor whether the parent of an extra foreign key exists:
+differences there are not seen.
 """
 
 import functools
 import itertools
 import os
 import sqlite3
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from .errors import SchemaError
 
@@ -25,11 +26,10 @@ _COLUMNS = 'SELECT lower(name), upper(type), "notnull", dflt_value, pk, hidden F
 # "to" is NULL where only the table was named: its primary key is meant.
 _FOREIGN_KEYS = """
     SELECT id, lower("table"), on_update, on_delete, lower("from"),
-        lower(coalesce("to", (SELECT name FROM pragma_table_info(fk."table") WHERE pk = fk.seq + 1), '?'))
+        lower(coalesce("to", (SELECT name FROM pragma_table_info(fk."table") WHERE pk = fk.seq + 1)))
     FROM pragma_foreign_key_list(?) AS fk ORDER BY id, seq"""
 _INDEXES = """
-    SELECT lower(i.name), i.origin, i."unique", i.partial,
-        lower(coalesce(c.name, '<expression>')), c."desc", upper(c.coll)
+    SELECT lower(i.name), i.origin, i."unique", i.partial, lower(c.name), c."desc", upper(c.coll)
     FROM pragma_index_list(?) AS i, pragma_index_xinfo(i.name) AS c WHERE c.key ORDER BY i.seq, c.seqno"""
 
 
@@ -40,7 +40,7 @@ class Table:
         self.columns: dict[str, str] = {}
         self.required: set[str] = set()  # NOT NULL without a default
         self.nullable: set[str] = set()  # NULL in a row that doesn't name them
-        self.constraints: dict[str, set[str]] = {}  # unique and foreign keys, each with its columns
+        self.constraints: dict[str, set[str | None]] = {}  # unique and foreign keys, with their columns
         self.indexes: dict[str, str] = {}
         self._read_columns(conn, name, _has_autoincrement(sql))
         self._read_foreign_keys(conn, name)
@@ -70,7 +70,8 @@ class Table:
         for (_, parent, on_update, on_delete), group in itertools.groupby(rows, lambda row: row[:4]):
             columns, references = zip(*(row[4:] for row in group), strict=True)
             key = _words(
-                f"foreign key {', '.join(columns)} -> {parent}({', '.join(references)})",
+                f"foreign key {_names(columns)} -> {_name(parent)}"
+                + (f"({_names(references)})" if all(references) else ""),
                 on_update != "NO ACTION" and f"ON UPDATE {on_update}",
                 on_delete != "NO ACTION" and f"ON DELETE {on_delete}",
             )
@@ -80,13 +81,12 @@ class Table:
         rows = conn.execute(_INDEXES, (table,))
         for (name, origin, unique, partial), group in itertools.groupby(rows, lambda row: row[:4]):
             keys = [row[4:] for row in group]
-            columns = [
-                _words(column, coll != "BINARY" and f"COLLATE {coll}", desc and "DESC") for column, desc, coll in keys
-            ]
             where = partial and "WHERE ..."
             if origin == "c":  # of CREATE INDEX
+                columns = (_words(_name(column), _collate(coll), desc and "DESC") for column, desc, coll in keys)
                 self.indexes[name] = _words(unique and "unique", f"index on {table}({', '.join(columns)})", where)
             if unique:
+                columns = (_words(_name(column), _collate(coll)) for column, _, coll in keys)
                 key = _words(f"unique constraint ({', '.join(sorted(columns))})", where)
                 self.constraints[key] = {column for column, _, _ in keys}
 
@@ -134,7 +134,7 @@ def is_complete(conn: sqlite3.Connection, path: str) -> bool:
     """
     _, wanted = expected()
     found = Schema(conn, wanted.tables)
-    if problems := list(differences(wanted, found)):
+    if problems := [" ".join(problem.split()) for problem in differences(wanted, found)]:  # each on one line
         raise SchemaError(path, problems)
     return wanted.objects.keys() <= found.objects.keys()
 
@@ -155,7 +155,7 @@ def differences(wanted: Schema, found: Schema) -> Iterator[str]:
     """Each thing in `found` that keeps it from being `wanted`, in words. What is only missing is no difference."""
     others = sorted(name for name, (kind, _) in found.objects.items() if kind != "index")
     if others and not found.tables:
-        yield f"no table {', '.join(sorted(wanted.tables))}, but {', '.join(others)}: the database of another program"
+        yield f"no table {', '.join(sorted(wanted.tables))}, but {_names(others)}: the database of another program"
     for name, (kind, table) in sorted(wanted.objects.items()):
         found_kind, found_table = found.objects.get(name, (kind, table))
         if found_kind != kind:
@@ -174,7 +174,7 @@ def _table_differences(name: str, wanted: Table, found: Table) -> Iterator[str]:
             yield f"{name}.{column}: {found.columns[column] or 'no type'}, should be {declaration}"
     extra = found.columns.keys() - wanted.columns.keys()
     for column in sorted(extra & found.required):
-        yield f"{name}.{column}: extra column, NOT NULL without a default"
+        yield f"{name}.{_name(column)}: extra column, NOT NULL without a default"
     for constraint in sorted(wanted.constraints.keys() - found.constraints.keys()):
         yield f"{name}: no {constraint}"
     for constraint in sorted(found.constraints.keys() - wanted.constraints.keys()):
@@ -190,9 +190,25 @@ def _words(*parts: str | int | None) -> str:
     return " ".join(str(part) for part in parts if part)
 
 
+def _name(name: str | None) -> str:
+    """A column's or table's name as SQL writes it, so that no name looks like other words. None: an expression."""
+    if name is None:
+        return "<expression>"
+    return name if name.isidentifier() else '"' + name.replace('"', '""') + '"'
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(_name, names))
+
+
+def _collate(collation: str) -> str | None:
+    return None if collation == "BINARY" else f"COLLATE {collation}"
+
+
 def _has_autoincrement(sql: str) -> bool:
     """Whether AUTOINCREMENT, which no pragma shows, is in a table's text: as a keyword, not in a comment or quotes."""
     import re  # here, because it takes half as long to import as sqlite3 does, and few files need it
 
     quoted = r"""--[^\n]*|/\*.*?(?:\*/|\Z)|'[^']*'|"[^"]*"|`[^`]*`|\[[^\]]*\]"""
-    return re.search(r"\bAUTOINCREMENT\b", re.sub(quoted, " ", sql, flags=re.DOTALL), re.IGNORECASE) is not None
+    words = re.findall(r"[\w$\x80-\U0010ffff]+", re.sub(quoted, " ", sql, flags=re.DOTALL))
+    return "AUTOINCREMENT" in map(str.upper, words)

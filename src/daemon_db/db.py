@@ -152,15 +152,17 @@ class DB:
 
         deadline = time.monotonic() + self._timeout
         if self.path == MEMORY:
-            self._open_memory()
+            uri = self._open_memory()
         else:
             _connection.refuse_inherited(self.path)
-        conn = _connection.connect(self._memory_uri or _connection.uri(self.path, "rwc"), self._timeout)
+            uri = _connection.uri(self.path, _connection.open_mode(self.path))
+        conn = _connection.connect(uri, self._timeout)
         try:
             if self.path != MEMORY:
                 self._file = _connection.refuse_unusable(self.path)
             is_complete = _schema.is_unchanged(conn)
             if not is_complete:
+                _connection.set_busy_timeout(conn, deadline - time.monotonic())
                 conn.execute("BEGIN")  # one snapshot: another process may be creating the schema
                 is_complete = _schema.is_complete(conn, self.path)
                 conn.execute("COMMIT")
@@ -183,7 +185,7 @@ class DB:
             raise
         return conn
 
-    def _open_memory(self) -> None:
+    def _open_memory(self) -> str:
         if sqlite3.sqlite_version_info >= (3, 36):
             # The memdb VFS shares a name that begins with "/" within the process, while a connection to it is open: the
             # anchor. No statement runs on that one, so that any thread may close it.
@@ -191,6 +193,7 @@ class DB:
             self._anchor = _connection.connect(self._memory_uri, 0, check_same_thread=False)
         else:
             self._memory_uri = "file::memory:"
+        return self._memory_uri
 
     def _open_another(self) -> sqlite3.Connection:
         """Open one more connection, to what `_open_first` opened and to nothing else."""
