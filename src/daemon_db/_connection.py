@@ -77,21 +77,21 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def file_id(path: str) -> FileId | None:
-    """Which file is at `path` now, by what SQLite, too, tells files apart. None: no regular file."""
+    """Which file is at `path`, by what SQLite, too, tells files apart. None: none."""
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
+    return status.st_dev, status.st_ino
 
 
-def refuse_inherited(path: str) -> None:
+def refuse_inherited(path: str, file: FileId | None) -> None:
     """Raise `OpenError` where SQLite would take locks that the parent process holds for locks of this one.
 
     It lists a process's locks by inode. A fork copies the list and not the locks, so that the parent's last `close()`
     finds the file free, and removes the WAL under the child: what the child commits from then on is lost.
     """
-    if _inherited and file_id(path) in _inherited:
+    if file in _inherited:
         raise OpenError(
             path,
             "this process was forked while its parent had the file open, and SQLite's locks on it don't work here; "
@@ -99,28 +99,33 @@ def refuse_inherited(path: str) -> None:
         )
 
 
-def open_mode(path: str) -> str:
-    """The URI's `mode`: create a file or not. `OpenError` for what SQLite would take for a database, and isn't."""
+def find(path: str) -> tuple[FileId | None, str]:
+    """Which file is at `path`, and the URI to open it; None, and the URI to create it.
+
+    `OpenError` for what SQLite would take for a database file, and isn't.
+    """
     try:
         status = os.stat(path)
     except OSError:
         # SQLite simplifies a path by its text, and would create "no/../db" where the operating system says no.
-        return "rwc" if os.path.isdir(os.path.join(os.path.dirname(path), "")) else "rw"
+        return None, uri(path, "rwc" if os.path.isdir(os.path.join(os.path.dirname(path), "")) else "rw")
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise OpenError(path, "not a regular file")  # to open one may wait forever
     if stat.S_ISREG(status.st_mode) and status.st_size == 1:
         raise OpenError(path, "not a SQLite database")  # SQLite takes one byte for none
-    return "rw"
+    return (status.st_dev, status.st_ino), uri(path, "rw")
 
 
-def refuse_unusable(path: str) -> FileId:
-    """Which file was connected to; `OpenError` for one that can't be written, where SQLite would go on to read it."""
-    file = file_id(path)
-    if file is None:
-        raise OpenError(path, "not a regular file")
+def has_wal(path: str) -> bool:
+    """Whether there is something in the WAL: of a process that has the file open now, or of one that was killed."""
+    wal = (os.path.realpath(path) if os.path.islink(path) else path) + "-wal"
+    return os.access(wal, os.F_OK) and os.path.getsize(wal) > 0
+
+
+def refuse_unwritable(path: str) -> None:
+    """Raise `OpenError` for a file that was opened, but only to be read: SQLite's way when it can't be written."""
     if not _allowed(path, os.R_OK | os.W_OK):
         raise OpenError(path, _NOT_ALLOWED)
-    return file
 
 
 def is_wal(conn: sqlite3.Connection, path: str) -> bool:
@@ -158,20 +163,6 @@ def enforces_foreign_keys(conn: sqlite3.Connection) -> bool:
 def set_busy_timeout(conn: sqlite3.Connection, seconds: float) -> None:
     """Let statements wait that long for a lock (https://sqlite.org/pragma.html#pragma_busy_timeout)."""
     conn.execute(f"PRAGMA busy_timeout={max(0, int(seconds * 1000))}")
-
-
-def close_unchanged(conn: sqlite3.Connection, path: str) -> None:
-    """Close a connection to a file that isn't ours, without the checkpoint that the last one to close makes.
-
-    Where a killed process left a WAL, that checkpoint would write to the file.
-    """
-    wal = os.path.realpath(path) + "-wal"
-    if os.path.exists(wal) and os.path.getsize(wal) > 0:
-        reader = connect(uri(path, "ro"), 0)  # closed after `conn`, which is not the last then; itself it can't write
-        reader.execute("PRAGMA schema_version")
-        conn.close()
-        reader.close()
-    conn.close()
 
 
 def is_busy(error: sqlite3.Error) -> bool:

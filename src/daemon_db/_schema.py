@@ -13,14 +13,14 @@ import os
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator
 
-from .errors import SchemaError
+from .errors import OpenError, SchemaError
 
 with open(os.path.join(os.path.dirname(__file__), "schema.sql"), encoding="utf-8") as _file:
     SQL = _file.read()
 
-# lower(): SQLite's names are case-insensitive; and whatever a damaged file has there becomes text or NULL.
+# lower(): SQLite's names are case-insensitive; and whatever a damaged file has there becomes text or NULL, as by CAST.
 _OBJECTS = """
-    SELECT type, lower(name), lower(tbl_name), sql FROM sqlite_master
+    SELECT type, lower(name), lower(tbl_name), coalesce(CAST(sql AS TEXT), '') FROM sqlite_master
     WHERE type <> 'trigger' AND tbl_name NOT GLOB 'sqlite_*' AND name NOT GLOB 'sqlite_*'"""
 _COLUMNS = 'SELECT lower(name), upper(type), "notnull", dflt_value, pk, hidden FROM pragma_table_xinfo(?)'
 # "to" is NULL where only the table was named: its primary key is meant.
@@ -145,7 +145,7 @@ def create(conn: sqlite3.Connection, path: str) -> None:
         # BEGIN is in the script because executescript() first commits what was begun before it.
         conn.executescript(f"BEGIN IMMEDIATE;\n{SQL}")
         if not (is_unchanged(conn) or is_complete(conn, path)):
-            raise SchemaError(path, ["objects are still missing after schema.sql was run"])
+            raise OpenError(path, "damaged: what schema.sql creates is not there afterwards")
         conn.execute("COMMIT")
     finally:
         conn.rollback()  # nothing, after COMMIT

@@ -134,6 +134,8 @@ class DB:
             raise
         except sqlite3.Error as error:
             raise _connection.open_error(self.path, error, self._timeout) from error
+        except UnicodeDecodeError as error:  # in SQLite's message, of SQL in the file
+            raise OpenError(self.path, f"damaged ({error})") from error
         try:
             if self._on_connect is not None:
                 self._on_connect(conn)
@@ -154,18 +156,22 @@ class DB:
         if self.path == MEMORY:
             uri = self._open_memory()
         else:
-            _connection.refuse_inherited(self.path)
-            uri = _connection.uri(self.path, _connection.open_mode(self.path))
+            self._file, uri = _connection.find(self.path)
+            _connection.refuse_inherited(self.path, self._file)
+            if _connection.has_wal(self.path):
+                # The close() of a file's last connection is a checkpoint, which writes to a file that may not be ours.
+                # So first look at it with a connection that can't write.
+                conn = _connection.connect(_connection.uri(self.path, "ro"), self._timeout)
+                try:
+                    self._has_schema(conn, deadline)
+                finally:
+                    conn.close()
         conn = _connection.connect(uri, self._timeout)
         try:
             if self.path != MEMORY:
-                self._file = _connection.refuse_unusable(self.path)
-            is_complete = _schema.is_unchanged(conn)
-            if not is_complete:
-                _connection.set_busy_timeout(conn, deadline - time.monotonic())
-                conn.execute("BEGIN")  # one snapshot: another process may be creating the schema
-                is_complete = _schema.is_complete(conn, self.path)
-                conn.execute("COMMIT")
+                _connection.refuse_unwritable(self.path)
+                self._file = self._file or _connection.file_id(self.path)
+            is_complete = self._has_schema(conn, deadline)
             is_wal = _connection.is_wal(conn, self.path)
             _connection.enforce_foreign_keys(conn)
             if not _connection.enforces_foreign_keys(conn):
@@ -177,13 +183,21 @@ class DB:
                 _schema.create(conn, self.path)
             if not (is_wal and is_complete):
                 _connection.set_busy_timeout(conn, self._timeout)
-        except SchemaError:
-            _connection.close_unchanged(conn, self.path)
-            raise
         except BaseException:
             conn.close()
             raise
         return conn
+
+    def _has_schema(self, conn: sqlite3.Connection, deadline: float) -> bool:
+        from . import _schema
+
+        if _schema.is_unchanged(conn):
+            return True
+        _connection.set_busy_timeout(conn, deadline - time.monotonic())
+        conn.execute("BEGIN")  # one snapshot: another process may be creating the schema
+        is_complete = _schema.is_complete(conn, self.path)
+        conn.execute("COMMIT")
+        return is_complete
 
     def _open_memory(self) -> str:
         if sqlite3.sqlite_version_info >= (3, 36):
