@@ -84,24 +84,31 @@ def together(count: int, function: Callable[..., object], *arguments: object) ->
     `barrier.wait()` in there lets all of them go on at the same moment.
     """
     context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
     barrier = context.Barrier(count)
-    processes = [
-        context.Process(target=_call, args=(results, function, barrier, number, *arguments)) for number in range(count)
-    ]
-    for process in processes:
+    started = []
+    for number in range(count):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_call, args=(sender, function, barrier, number, *arguments))
         process.start()
-    returned = [results.get() for _ in processes]
-    for process in processes:
+        sender.close()
+        started.append((process, receiver))
+    returned = []
+    for process, receiver in started:
+        try:
+            returned.append(receiver.recv())
+        except EOFError:
+            process.join()
+            returned.append(f"ended with exit status {process.exitcode}")
+        receiver.close()
         process.join()
     return returned
 
 
-def _call(results, function, *arguments):  # type: ignore[no-untyped-def]
+def _call(sender, function, *arguments):  # type: ignore[no-untyped-def]
     try:
-        results.put(function(*arguments))
+        sender.send(function(*arguments))
     except BaseException as error:
-        results.put(error)
+        sender.send(error)
 
 
 def open_files() -> list[str]:

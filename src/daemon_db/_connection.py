@@ -170,6 +170,11 @@ def is_busy(error: sqlite3.Error) -> bool:
     return _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
+def is_readonly(error: sqlite3.Error) -> bool:
+    """Whether what SQLite met is that it may not write (https://sqlite.org/rescode.html#readonly)."""
+    return _code(error) == sqlite3.SQLITE_READONLY
+
+
 def locked() -> sqlite3.OperationalError:
     """The error that SQLite raises when the busy timeout has passed."""
     error = sqlite3.OperationalError("database is locked")

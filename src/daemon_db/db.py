@@ -164,6 +164,9 @@ class DB:
                 conn = _connection.connect(_connection.uri(self.path, "ro"), self._timeout)
                 try:
                     self._has_schema(conn, deadline)
+                except sqlite3.OperationalError as error:
+                    if not _connection.is_readonly(error):
+                        raise  # else there is a rollback journal, too, and to look is to roll back
                 finally:
                     conn.close()
         conn = _connection.connect(uri, self._timeout)
