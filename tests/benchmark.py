@@ -371,14 +371,14 @@ def append_together(
 
 
 def import_statement(_: str, seconds: float) -> Iterator[Row]:
-    """In a new process each time, and as `timeit` does without the garbage collector.
+    """In a new process each time, without what may be installed beside Python and without the garbage collector.
 
-    On some versions its next long run falls into one of the two imports and not into the other. Into which, what was
-    imported before decides, so it says nothing about either.
+    What .pth files import at the start is missing from what `import sqlite3` takes. And where on the way the collector
+    has its next long run depends on what was imported before: it may be in one of the two and not in the other.
     """
     source = str(Path(daemon_db.__file__).parents[1])
     code = """if True:
-        import gc, sys, time
+        import gc, os, sys, time
         gc.disable()
         sys.path.insert(0, sys.argv[1])
         start = time.perf_counter()
@@ -386,7 +386,7 @@ def import_statement(_: str, seconds: float) -> Iterator[Row]:
         print(time.perf_counter() - start)"""
 
     def measure(module: str) -> float:
-        command = [sys.executable, "-I", "-c", code.format(module), source]
+        command = [sys.executable, "-I", "-S", "-c", code.format(module), source]
         # In a session of its own, because Ctrl-C is for this process, which then ends that one.
         return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, start_new_session=True).stdout)
 

@@ -551,12 +551,6 @@ def test_what_is_missing_is_created_and_rows_are_kept(tmp_path: Path, names: tup
             assert db.conn.execute(f"SELECT * FROM {table}").fetchall() == rows[table]
 
 
-def test_a_foreign_key_without_a_column_fits_when_its_table_is_yet_to_be_created(tmp_path: Path) -> None:
-    script = "".join(STATEMENTS[name] for name in ("units", "idx_units_run_id")).replace("runs(id)", "runs")
-    with DB.open(create(tmp_path / "daemon.db", script)) as db:
-        insert_everywhere(db)
-
-
 @pytest.mark.parametrize("script", [SQL, schema(), schema() + NOTES], ids=["same", "other spaces", "more tables"])
 def test_opening_again_changes_no_byte(tmp_path: Path, script: str) -> None:
     path = create(tmp_path / "daemon.db", script)
