@@ -97,7 +97,7 @@ class TestTogether:
         make_rollback(templates[1])
         make_killed(templates[2], "delete")
         make_killed(templates[3], "wal")
-        times = rounds(3, math.ceil(3000 / count))
+        times = math.ceil(rounds(96, 3000) / count)
         paths = [copy(path, path.with_suffix(f".{number}")) for number in range(times) for path in templates]
         assert together(count, open_each, paths) == [[FRESH, KEPT, KEPT, KEPT] * times] * count
 
@@ -119,7 +119,7 @@ def open_each(barrier: Barrier, number: int, paths: list[Path]) -> list[object]:
         try:
             with DB.open(path, timeout=PATIENCE) as db:
                 seen.append(contents(db.conn))
-        except sqlite3.Error as error:
+        except Exception as error:
             seen.append(repr(error))
     return seen
 
@@ -158,8 +158,8 @@ with DB.open(path, on_connect=lambda conn: conn.execute("PRAGMA wal_autocheckpoi
     for number in itertools.count(first):
         os.write(1, b"begin %d\\n" % number)
         with db.transaction() as conn:
-            for sequence in range(3 * number, 3 * number + 3):
-                conn.execute(EVENT, (sequence, "x" * 5000))
+            for sequence in range(10 * number, 10 * number + 10):
+                conn.execute(EVENT, (sequence, "x" * 2000))
         os.write(1, b"done %d\\n" % number)
 """
 
@@ -219,8 +219,8 @@ class TestKilled:
                 assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
                 sequences = [n for (n,) in db.conn.execute("SELECT sequence FROM events ORDER BY sequence")]
             assert sequences == list(range(len(sequences)))
-            assert len(sequences) in (3 * (transactions + len(done)), 3 * (transactions + len(began)))
-            transactions = len(sequences) // 3
+            assert len(sequences) in (10 * (transactions + len(done)), 10 * (transactions + len(began)))
+            transactions = len(sequences) // 10
         assert interrupted > 0
 
 

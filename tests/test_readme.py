@@ -25,21 +25,22 @@ def run(*arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_the_daemon(tmp_path: Path) -> None:
+def test_the_daemon_and_its_restart(tmp_path: Path) -> None:
     (code,) = blocks("python")
-    lines = run("-c", code, cwd=tmp_path).splitlines()
-    assert lines[:2] == ["to do: run-1 api", "to do: run-1 ui"]
-    events = [line.split() for line in lines[2:]]
-    assert [sequence for sequence, _, _ in events] == ["1", "2", "3", "4"]
+    first = [line.split() for line in run("-c", code, cwd=tmp_path).splitlines()]
+    assert [int(sequence) for sequence, *_ in first] == [1, 2, 3, 4, 5]
+    assert first[0][1:] == ["run.started", "None"]
     for unit in ("api", "ui"):
-        assert [event for _, event, unit_id in events if unit_id == unit] == ["unit.started", "unit.done"]
+        assert [event for _, event, unit_id in first if unit_id == unit] == ["unit.running", "unit.done"]
+    again = [line.split() for line in run("-c", code, cwd=tmp_path).splitlines()]
+    assert again == [*first, ["6", "run.resumed", "None"]]
 
 
 @pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command-line program")
 def test_the_command_line(tmp_path: Path) -> None:
     (block,) = blocks("console")
     command, shown = block.split("\n", 1)
-    assert command.startswith("$ python -m daemon_db ")
+    assert command.startswith("$ .venv/bin/python -m daemon_db ")
     fill_with_sqlite3(tmp_path / "daemon.db")
     printed = run(*command.split()[2:], cwd=tmp_path)
     printed = printed.replace(str(tmp_path), "/home/you")

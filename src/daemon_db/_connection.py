@@ -100,26 +100,38 @@ def refuse_inherited(path: str, file: FileId | None) -> None:
 
 
 def find(path: str) -> tuple[FileId | None, str]:
-    """Which file is at `path`, and the URI to open it; None, and the URI to create it.
+    """Which file is at `path`, if there is one, and its name without symbolic links, beside which SQLite puts the WAL.
 
     `OpenError` for what SQLite would take for a database file, and isn't.
     """
+    real_path = path
     try:
-        status = os.stat(path)
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode):
+            real_path = os.path.realpath(path)
+            status = os.stat(path)
     except OSError:
-        # SQLite simplifies a path by its text, and would create "no/../db" where the operating system says no.
-        return None, uri(path, "rwc" if os.path.isdir(os.path.join(os.path.dirname(path), "")) else "rw")
+        return None, real_path
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise OpenError(path, "not a regular file")  # to open one may wait forever
     if stat.S_ISREG(status.st_mode) and status.st_size == 1:
         raise OpenError(path, "not a SQLite database")  # SQLite takes one byte for none
-    return (status.st_dev, status.st_ino), uri(path, "rw")
+    return (status.st_dev, status.st_ino), real_path
 
 
-def has_wal(path: str) -> bool:
+def open_mode(path: str, file: FileId | None) -> str:
+    """The URI's `mode`: whether to create the file."""
+    # SQLite simplifies a path by its text, and would create "no/../db" where the operating system says no.
+    can_create = file is None and os.path.isdir(os.path.join(os.path.dirname(path), ""))
+    return "rwc" if can_create else "rw"
+
+
+def has_wal(real_path: str) -> bool:
     """Whether there is something in the WAL: of a process that has the file open now, or of one that was killed."""
-    wal = (os.path.realpath(path) if os.path.islink(path) else path) + "-wal"
-    return os.access(wal, os.F_OK) and os.path.getsize(wal) > 0
+    try:
+        return os.stat(f"{real_path}-wal").st_size > 0
+    except OSError:
+        return False
 
 
 def refuse_unwritable(path: str) -> None:

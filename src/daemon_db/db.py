@@ -18,8 +18,10 @@ _memory_numbers = itertools.count()
 class DB:
     """An open database, as `DB.open` returns it. Threads share it; the connections that it hands out they don't.
 
-    `path` is the file, absolute, or ":memory:". Leaving a `with` block closes it.
+    `path` is the file, absolute, or ":memory:". Leaving a `with` block closes it, and so does dropping it.
     """
+
+    _pid = 0  # for __del__, after an __init__ that failed
 
     def __init__(self, path: str, timeout: float, on_connect: Callable[[sqlite3.Connection], object] | None) -> None:
         import threading  # here, because it takes a fifth as long to import as sqlite3 does
@@ -33,7 +35,7 @@ class DB:
         self._local = threading.local()
         self._turn = threading.RLock()
         self._pid = _connection.pid
-        self._closed = False
+        self._open_in = self._pid  # 0 once it is closed
 
     @classmethod
     def open(
@@ -65,11 +67,7 @@ class DB:
         if name != MEMORY and not os.path.isabs(name):
             name = os.path.join(os.getcwd(), name)  # abspath() would take "link/.." for "."
         db = cls(name, timeout, on_connect)
-        try:
-            db._connect(db._open_first)
-        except BaseException:
-            db.close()
-            raise
+        db._connect(db._open_first)
         return db
 
     @property
@@ -82,7 +80,7 @@ class DB:
         Raises `sqlite3.ProgrammingError` after `close()` and in a forked child (https://sqlite.org/howtocorrupt.html,
         2.6). A thread's first use raises what `open` raises, for instance if the file was removed or replaced.
         """
-        if self._closed or self._pid != _connection.pid:
+        if self._open_in != _connection.pid:
             raise self._refusal()
         try:
             conn: sqlite3.Connection = self._local.conn
@@ -109,7 +107,7 @@ class DB:
         Another thread in the middle of a transaction finishes it. Its connection closes when it ends or asks for
         `conn`.
         """
-        self._closed = True
+        self._open_in = 0
         if self._pid == _connection.pid:  # else all connections are the parent's
             self._close_own()
             if self._anchor is not None:
@@ -124,7 +122,7 @@ class DB:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<daemon_db.DB {self.path!r} {'closed' if self._closed else 'open'}>"
+        return f"<daemon_db.DB {self.path!r} {'open' if self._open_in else 'closed'}>"
 
     def _connect(self, open_connection: Callable[[], sqlite3.Connection]) -> sqlite3.Connection:
         """Make what `open_connection` returns the calling thread's connection."""
@@ -139,7 +137,7 @@ class DB:
         try:
             if self._on_connect is not None:
                 self._on_connect(conn)
-            if self._closed:  # by another thread, meanwhile
+            if not self._open_in:  # closed by another thread meanwhile
                 raise self._refusal()
         except BaseException:
             conn.close()
@@ -156,9 +154,10 @@ class DB:
         if self.path == MEMORY:
             uri = self._open_memory()
         else:
-            self._file, uri = _connection.find(self.path)
+            self._file, real_path = _connection.find(self.path)
             _connection.refuse_inherited(self.path, self._file)
-            if _connection.has_wal(self.path):
+            uri = _connection.uri(self.path, _connection.open_mode(self.path, self._file))
+            if _connection.has_wal(real_path):
                 # The close() of a file's last connection is a checkpoint, which writes to a file that may not be ours.
                 # So first look at it with a connection that can't write.
                 conn = _connection.connect(_connection.uri(self.path, "ro"), self._timeout)
