@@ -1,5 +1,6 @@
 """One file and many processes: opened at once, written at once, killed at any moment, locked by another."""
 
+import itertools
 import math
 import random
 import shutil
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -90,6 +91,48 @@ FRESH = ("wal", 9, 0)  # 3 tables, sqlite_sequence and 5 indexes
 KEPT = ("wal", 9, 3)
 
 
+def comes(path: Path) -> Generator[None, None, None]:
+    yield
+    with DB.open(path, timeout=0) as other:
+        insert_run(other.conn, "other")
+        yield
+
+
+def comes_and_goes(path: Path) -> Generator[None, None, None]:
+    yield
+    with DB.open(path, timeout=0) as other:
+        insert_run(other.conn, "other")
+
+
+def goes(path: Path) -> Generator[None, None, None]:
+    """The last to close a database removes its WAL."""
+    with DB.open(path) as other:
+        insert_run(other.conn, "other")
+        yield
+
+
+def open_and_step(path: Path, steps: Iterator[None], moment: int) -> tuple[DB, bool]:
+    """Open `path`, with a step before the open's `moment`th call of a function in C: Python's, SQLite's, the system's.
+
+    False: it makes fewer calls, and there was no step.
+    """
+    calls = itertools.count()
+    stepped = False
+
+    def step(_: object, event: str, __: object) -> None:
+        nonlocal stepped
+        if event == "c_call" and next(calls) == moment:
+            stepped = True
+            with suppress(OpenError):  # the open itself has a lock just then
+                next(steps, None)
+
+    sys.setprofile(step)
+    try:
+        return DB.open(path), stepped
+    finally:
+        sys.setprofile(None)
+
+
 class TestTogether:
     @pytest.mark.parametrize("count", [3, 8, 32])
     def test_processes_open_one_path_at_the_same_moment(self, count: int, tmp_path: Path) -> None:
@@ -109,6 +152,36 @@ class TestTogether:
             assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert found == {f"{number}-{cycle}" for number in range(8) for cycle in range(cycles)}
         assert [file.name for file in tmp_path.iterdir()] == ["db"]
+
+    @pytest.mark.parametrize(
+        ("make", "other", "runs"),
+        [
+            (make_nothing, comes, 0),
+            (make_partial, comes_and_goes, 3),
+            (make_partial_wal, comes_and_goes, 3),
+            (make_current, comes, 3),
+            (make_current, goes, 3),
+        ],
+    )
+    def test_another_connection_comes_or_goes_at_any_moment_of_an_open(
+        self,
+        make: Callable[[Path], None],
+        other: Callable[[Path], Generator[None, None, None]],
+        runs: int,
+        tmp_path: Path,
+    ) -> None:
+        template = tmp_path / "template"
+        make(template)
+        for moment in itertools.count():
+            path = copy(template, tmp_path / str(moment))
+            steps = other(path)
+            next(steps)
+            db, stepped = open_and_step(path, steps, moment)
+            with db:
+                assert contents(db.conn) in (("wal", 9, runs), ("wal", 9, runs + 1))
+            steps.close()
+            if not stepped:
+                break
 
 
 def open_each(barrier: Barrier, number: int, paths: list[Path]) -> list[object]:

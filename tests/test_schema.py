@@ -182,6 +182,10 @@ CONSTRAINT_CONFLICTS = {
         schema(units=("error TEXT", "error TEXT, kind TEXT DEFAULT 'x' REFERENCES runs(id)")),
         "units: extra foreign key kind -> runs(id)",
     ),
+    "extra foreign key on a column with a name like two": (
+        schema(units=("error TEXT", "error TEXT, 'status, branch' TEXT DEFAULT 'x' REFERENCES runs(id)")),
+        'units: extra foreign key "status, branch" -> runs(id)',
+    ),
     "extra foreign key of two of our columns": (
         NOTES + schema(events=(");", ", FOREIGN KEY(unit_id, event_type) REFERENCES notes(id, text));")),
         "events: extra foreign key unit_id, event_type -> notes(id, text)",
@@ -262,6 +266,10 @@ CONSTRAINT_CONFLICTS = {
         schema(runs=("config_json TEXT", "config_json TEXT, daemon_version TEXT NOT NULL")),
         "runs.daemon_version: extra column, NOT NULL without a default",
     ),
+    "extra column NOT NULL with a name in quotes": (
+        schema(runs=("config_json TEXT", 'config_json TEXT, "daemon ""version""" TEXT NOT NULL')),
+        'runs."daemon ""version""": extra column, NOT NULL without a default',
+    ),
     "extra column NOT NULL DEFAULT NULL": (
         schema(units=("error TEXT", "error TEXT, kind TEXT NOT NULL DEFAULT NULL")),
         "units.kind: extra column, NOT NULL without a default",
@@ -331,8 +339,8 @@ OBJECT_CONFLICTS = {
         "idx_events_sequence: unique index on events(run_id, sequence), should be index on events(run_id, sequence)",
     ),
     "another program's database": (
-        NOTES + "CREATE TABLE Albums (id); CREATE VIEW zero AS SELECT 0; CREATE INDEX a ON notes(text);",
-        "no table events, runs, units, but albums, notes, zero: the database of another program",
+        NOTES + 'CREATE TABLE "Old Notes" (id); CREATE VIEW zero AS SELECT 0; CREATE INDEX a ON notes(text);',
+        'no table events, runs, units, but notes, "old notes", zero: the database of another program',
     ),
     "another program's database with a view of ours": (
         NOTES + "CREATE VIEW runs AS SELECT id FROM notes;",

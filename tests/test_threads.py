@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -225,12 +226,93 @@ def test_a_later_connection_is_to_the_same_file_or_none(change: str, tmp_path: P
         assert in_thread(lambda: db.conn.execute("SELECT id FROM runs").fetchall()) == [("run-1",)]
 
 
+def test_a_connection_has_its_own_files_wal_from_the_beginning(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "other").mkdir()
+
+    def work() -> list[object]:
+        conn = db.conn
+        connected.set()
+        replaced.wait()
+        return conn.execute("SELECT id FROM runs").fetchall()
+
+    connected, replaced = threading.Event(), threading.Event()
+    with (
+        DB.open(tmp_path / "other" / "daemon.db") as other,
+        DB.open(tmp_path / "data" / "daemon.db") as db,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        insert_run(other.conn, "run-2")
+        insert_run(db.conn)
+        future = pool.submit(work)
+        connected.wait()
+        (tmp_path / "data").rename(tmp_path / "old")
+        (tmp_path / "other").rename(tmp_path / "data")
+        replaced.set()
+        assert future.result() == [("run-1",)]
+
+
+def test_a_file_replaced_while_a_connection_is_opened(tmp_path: Path) -> None:
+    file = tmp_path / "daemon.db"
+
+    def connect() -> None:
+        def replace(_: object, event: str, function: object) -> None:
+            if event == "c_call" and getattr(function, "__name__", "") == "execute":  # of the new connection, the first
+                sys.setprofile(None)
+                file.rename(tmp_path / "moved.db")
+                DB.open(file).close()
+
+        sys.setprofile(replace)
+        try:
+            _ = db.conn
+        finally:
+            sys.setprofile(None)
+
+    with DB.open(file) as db:
+        db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with pytest.raises(OpenError, match="removed or replaced"):
+            in_thread(connect)
+        assert (tmp_path / "moved.db").exists()
+
+
 def test_a_daemon_may_change_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with DB.open("daemon.db") as db:
         insert_run(db.conn)
         os.chdir("/")
         assert in_thread(lambda: db.conn.execute("SELECT id FROM runs").fetchall()) == [("run-1",)]
+
+
+def test_a_connection_that_opens_while_the_db_is_closed_is_closed(path: str) -> None:
+    opening, closed = threading.Event(), threading.Event()
+    connections: list[sqlite3.Connection] = []
+    before = open_files()
+
+    def wait(conn: sqlite3.Connection) -> None:
+        if connections:
+            opening.set()
+            closed.wait()
+        connections.append(conn)
+
+    db = DB.open(path, on_connect=wait)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(lambda: db.conn)
+        opening.wait()
+        db.close()
+        closed.set()
+        with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+            future.result()
+    assert len(connections) == 2
+    assert open_files() == before
+
+
+@shares_memory
+def test_a_memory_database_is_gone_when_it_is_closed() -> None:
+    with DB.open(":memory:") as db:
+        uri = db._memory_uri
+    conn = sqlite3.connect(uri, uri=True)
+    assert conn.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+    conn.close()
 
 
 def test_closed_by_one_thread_is_closed_for_all(path: str) -> None:

@@ -3,6 +3,7 @@
 import gc
 import signal
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -175,17 +176,25 @@ def test_the_wait_for_another_process_ends_after_timeout(db: DB) -> None:
     check_that_the_next_one_works(db)
 
 
-def test_threads_wait_for_their_turn(tmp_path: Path) -> None:
+def test_threads_wait_for_their_turn_and_not_for_sqlites_lock(tmp_path: Path) -> None:
+    def busy_at_once(conn: sqlite3.Connection) -> None:
+        conn.execute("PRAGMA busy_timeout=0")
+
     order = []
+    started = threading.Event()
 
     def insert() -> None:
+        _ = db.conn
+        started.set()
         with db.transaction() as conn:
             order.append("second")
             insert_run(conn, "run-2")
 
-    with DB.open(tmp_path / "daemon.db", timeout=60) as db, ThreadPoolExecutor(1) as pool:
+    path = tmp_path / "daemon.db"
+    with DB.open(path, timeout=60, on_connect=busy_at_once) as db, ThreadPoolExecutor(1) as pool:
         with db.transaction() as conn:
             future = pool.submit(insert)
+            started.wait()
             insert_run(conn)
             order.append("first")
         future.result()
