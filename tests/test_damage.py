@@ -1,4 +1,7 @@
-"""Files that are damaged or no database at all: an error or a working database, and what isn't ours stays as it is."""
+"""Files that are damaged or no database at all: an error or a working database, and what isn't ours stays as it is.
+
+`DAEMON_DB_LONG=1` in the environment makes it go on for longer (see `support`).
+"""
 
 import faulthandler
 import multiprocessing
@@ -193,12 +196,12 @@ def test_a_file_with_pages_missing_is_refused_untouched(tmp_path: Path, good: di
     assert contents(path) == before
 
 
-@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+@pytest.mark.parametrize("suffixes", ["-wal", "-shm", "-journal", "-wal -journal"])
 @pytest.mark.parametrize("garbage", [b"x", random.Random(6).randbytes(9000), bytes(9000)], ids=["x", "any", "zeros"])
 def test_garbage_beside_a_good_file_is_ignored(
-    tmp_path: Path, good: dict[str, Files], suffix: str, garbage: bytes
+    tmp_path: Path, good: dict[str, Files], suffixes: str, garbage: bytes
 ) -> None:
-    with DB.open(write(tmp_path / "daemon.db", good["closed"] | {suffix: garbage})) as db:
+    with DB.open(write(tmp_path / "daemon.db", good["closed"] | dict.fromkeys(suffixes.split(), garbage))) as db:
         assert db.conn.execute("SELECT count(*), max(sequence) FROM events").fetchone() == (80, 80)
         use(db)
 

@@ -78,6 +78,16 @@ def test_a_schema_that_does_not_fit(tmp_path: Path) -> None:
     check_refused(command(tmp_path / "other.db"), "runs.status: missing column", "units.run_id: missing column", "; ")
 
 
+def test_standard_output_that_is_full_or_closed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "daemon_db", str(tmp_path / "daemon.db")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    words = "daemon_db: cannot write to standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, words)
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     done = command(b"".join((bytes(tmp_path), b"/\xff.db")).decode(errors="surrogateescape"))
     assert (done.returncode, done.stderr) == (0, "")

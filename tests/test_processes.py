@@ -1,4 +1,7 @@
-"""One file and many processes: opened at once, written at once, killed at any moment, locked by another."""
+"""One file and many processes: opened at once, written at once, killed at any moment, locked by another.
+
+`DAEMON_DB_LONG=1` in the environment makes it go on for longer (see `support`).
+"""
 
 import itertools
 import math
@@ -77,6 +80,13 @@ def make_current(path: Path) -> None:
     with DB.open(path) as db:
         for number in range(3):
             insert_run(db.conn, f"run-{number}")
+
+
+def make_extra(path: Path) -> None:
+    """As `make_current`, with a column that a newer version added."""
+    make_current(path)
+    with DB.open(path) as db:
+        db.conn.execute("ALTER TABLE runs ADD COLUMN extra TEXT")
 
 
 def contents(conn: sqlite3.Connection) -> tuple[str, int, int]:
@@ -371,6 +381,14 @@ class TestLocked:
         assert caught.value.sqlite_errorcode == sqlite3.SQLITE_BUSY
         assert caught.value.sqlite_errorname == "SQLITE_BUSY"
         assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
+
+    @pytest.mark.parametrize("make", [make_nothing, make_rollback, make_partial_wal, make_current, make_extra])
+    def test_what_is_left_of_the_timeout_is_for_opening_only(
+        self, make: Callable[[Path], None], tmp_path: Path
+    ) -> None:
+        make(tmp_path / "db")
+        with DB.open(tmp_path / "db", timeout=7) as db:
+            assert db.conn.execute("PRAGMA busy_timeout").fetchone() == (7000,)
 
     @pytest.mark.parametrize("then", ["execute", "executescript"])
     def test_one_lock_after_another(self, then: str, tmp_path: Path) -> None:

@@ -144,9 +144,11 @@ class TestNotToBeOpened:
     def test_a_text_file_is_refused_untouched(self, text: str, tmp_path: Path) -> None:
         path = tmp_path / "text"
         path.write_text(text)
+        open_before = open_files()
         with pytest.raises(OpenError) as caught:
             DB.open(path)
         assert files_in(tmp_path) == {str(path): text.encode()}
+        assert open_files() == open_before
         # SQLite takes one byte for none, and has nothing against it.
         check(caught.value, path, "not a SQLite database", "SQLITE_NOTADB" if len(text) > 1 else None)
 
@@ -154,6 +156,15 @@ class TestNotToBeOpened:
         with pytest.raises(OpenError, match="^cannot open /dev/null: not a regular file$") as caught:
             DB.open("/dev/null")
         assert caught.value.__cause__ is None  # SQLite would go on
+
+    def test_a_working_directory_that_is_gone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "gone").mkdir()
+        monkeypatch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        with pytest.raises(OpenError, match="^cannot open db: the working directory: No such file or directory$"):
+            DB.open("db")
+        with DB.open(tmp_path / "db"):
+            pass
 
     @pytest.mark.parametrize("name", ["no/../db", "file/../db", "new/", "new/."])
     def test_a_path_that_leads_nowhere_creates_nothing_elsewhere(self, name: str, tmp_path: Path) -> None:
@@ -191,7 +202,7 @@ DB.open(":memory:").close()  # imports what opening imports: for the other user,
 if os.geteuid() == 0:  # to whom nothing is forbidden
     os.setgroups([])
     os.setgid(65534)
-    os.setuid(65534)
+    getattr(os, sys.argv[2])(65534)
 signal.alarm(10)  # the end of an open that waits forever
 try:
     DB.open(sys.argv[1])
@@ -223,9 +234,17 @@ class TestForbidden:
         ],
         ids=lambda value: oct(value) if isinstance(value, int) else getattr(value, "__name__", ""),
     )
+    @pytest.mark.parametrize("change_user", ["setuid", "seteuid"])
     def test_by_permissions(
-        self, make: Callable[[Path], object], mode: int | None, directory_mode: int, reason: str, public: Path
+        self,
+        make: Callable[[Path], object],
+        mode: int | None,
+        directory_mode: int,
+        reason: str,
+        change_user: str,
+        public: Path,
     ) -> None:
+        """The effective user's permissions count, as they do for SQLite; the real user's may be more."""
         path = public / "directory" / "db"
         path.parent.mkdir()
         make(path)
@@ -233,7 +252,7 @@ class TestForbidden:
             path.chmod(mode)
         before = files_in(public)
         path.parent.chmod(directory_mode)
-        output = run(OPEN_UNPRIVILEGED, path)
+        output = run(OPEN_UNPRIVILEGED, path, change_user)
         path.parent.chmod(0o755)
         assert output == f"{reason.format(parent=path.parent)}\n"
         assert files_in(public) == before

@@ -624,3 +624,8 @@ def test_both_errors_survive_pickling(tmp_path: Path, protocol: int) -> None:
         assert str(copy) == str(error)
         for name in ("path", "args", *names):
             assert getattr(copy, name) == getattr(error, name)
+
+
+def test_the_busy_timeout_is_the_callers_after_a_comparison(tmp_path: Path) -> None:
+    with DB.open(create(tmp_path / "daemon.db", schema()), timeout=2.5) as db:
+        assert db.conn.execute("PRAGMA busy_timeout").fetchone() == (2500,)

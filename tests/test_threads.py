@@ -1,4 +1,7 @@
-"""One `DB` for many threads: each has a connection of its own, which ends with it."""
+"""One `DB` for many threads: each has a connection of its own, which ends with it.
+
+`DAEMON_DB_LONG=1` in the environment makes it go on for longer (see `support`).
+"""
 
 import asyncio
 import gc
@@ -188,6 +191,20 @@ def test_a_thread_that_outlives_the_db_closes_its_connection_when_it_ends(tmp_pa
     assert [name.name for name in tmp_path.iterdir()] == ["daemon.db"]
 
 
+def test_a_long_lived_thread_closes_the_connections_of_dropped_dbs_when_it_ends(tmp_path: Path) -> None:
+    """Also if the garbage collector has run between, in another thread."""
+    before = open_files()
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(20):
+            db = DB.open(tmp_path / "daemon.db")
+            pool.submit(lambda db: db.conn.execute("SELECT 1").fetchone(), db).result()
+            db.close()
+            del db
+            gc.collect()
+    assert open_files() == before
+    assert [name.name for name in tmp_path.iterdir()] == ["daemon.db"]
+
+
 def test_a_db_that_is_dropped_is_closed(path: str, tmp_path: Path) -> None:
     before = open_files()
     db = DB.open(path)
@@ -250,6 +267,17 @@ def test_a_connection_has_its_own_files_wal_from_the_beginning(tmp_path: Path) -
         (tmp_path / "other").rename(tmp_path / "data")
         replaced.set()
         assert future.result() == [("run-1",)]
+
+
+def test_a_file_replaced_by_one_with_its_inode(tmp_path: Path) -> None:
+    """As may be, once no connection holds the file: here a zero-length one, which is another's or nobody's."""
+    file = tmp_path / "daemon.db"
+    db = in_thread(lambda: DB.open(file))
+    assert isinstance(db, DB)
+    file.write_bytes(b"")  # the same inode for certain
+    with db, pytest.raises(OpenError, match="removed or replaced"):
+        _ = db.conn
+    assert file.read_bytes() == b""
 
 
 def test_a_file_replaced_while_a_connection_is_opened(tmp_path: Path) -> None:
@@ -317,19 +345,17 @@ def test_a_memory_database_is_gone_when_it_is_closed() -> None:
 
 def test_closed_by_one_thread_is_closed_for_all(path: str) -> None:
     asked, closed = threading.Event(), threading.Event()
+    before = open_files()
 
     def work() -> str:
-        conn = db.conn
-        with db.transaction():
+        with db.transaction() as conn:
             insert_run(conn)
             asked.set()
             closed.wait()
             with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
                 _ = db.conn  # does not end the transaction, which goes on with the connection that it has
-        with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
-            _ = db.conn  # now closes the connection
-        with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
-            conn.execute("SELECT 1")
+        with pytest.raises(sqlite3.ProgrammingError, match="closed database"), db.transaction():
+            pass
         return "worked"
 
     db = DB.open(path)
@@ -339,9 +365,72 @@ def test_closed_by_one_thread_is_closed_for_all(path: str) -> None:
         db.close()
         closed.set()
         assert future.result() == "worked"
+    assert open_files() == before
     if path != ":memory:":
         with DB.open(path) as db:
             assert db.conn.execute("SELECT id FROM runs").fetchall() == [("run-1",)]
+
+
+def test_a_transaction_that_waits_while_the_db_is_closed_does_not_begin(tmp_path: Path) -> None:
+    waiting = threading.Event()
+
+    def work() -> None:
+        _ = db.conn
+        waiting.set()
+        with db.transaction() as conn:
+            insert_run(conn)
+
+    db = DB.open(tmp_path / "daemon.db", timeout=60)
+    with ThreadPoolExecutor(1) as pool, db.transaction():
+        future = pool.submit(work)
+        waiting.wait()
+        db._open_in = 0  # as close() does in another thread, which doesn't end this one's transaction
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        future.result()
+    db.close()
+
+
+def test_closing_with_a_cursor_half_read_ends_the_transaction(tmp_path: Path) -> None:
+    """Else SQLite would keep the connection, and the lock, until the cursor is gone."""
+    with DB.open(tmp_path / "daemon.db") as db:
+        insert_run(db.conn)
+        insert_run(db.conn, "run-2")
+        db.conn.execute("BEGIN IMMEDIATE")
+        cursor = db.conn.execute("SELECT * FROM runs")
+        cursor.fetchone()
+    with DB.open(tmp_path / "daemon.db", timeout=0) as db, db.transaction() as conn:
+        insert_run(conn, "run-3")
+
+
+def test_asking_in_the_middle_of_a_statement_whether_the_db_is_closed(tmp_path: Path) -> None:
+    """Were the connection closed then and there, the interpreter would crash."""
+    code = """
+import sqlite3, sys, threading
+from daemon_db import DB
+from support import insert_run
+
+def rows():
+    for number in range(100):
+        if number == 50:
+            threading.Thread(target=db.close).start()
+        while number == 50 and db._open_in:
+            pass
+        try:
+            db.conn
+        except sqlite3.ProgrammingError:
+            pass
+        yield (f"run-{number}",)
+
+def work():
+    insert_run(db.conn)
+    db.conn.executemany("INSERT INTO events (run_id, sequence, event_type) VALUES ('run-1', ?, '')", rows())
+
+db = DB.open(sys.argv[1])
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    run(code, tmp_path / "daemon.db")
 
 
 CLOSE_WHILE_EIGHT_THREADS_WORK = """

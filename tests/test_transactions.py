@@ -1,8 +1,12 @@
-"""`DB.transaction`: committed as a whole or not at all, and never left open."""
+"""`DB.transaction`: committed as a whole or not at all, and never left open.
+
+`DAEMON_DB_LONG=1` in the environment makes it go on for longer (see `support`).
+"""
 
 import gc
 import signal
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -63,6 +67,34 @@ def test_an_exception_rolls_back_and_goes_on(error: BaseException, db: DB) -> No
     assert [entry.name for entry in raised.traceback] == ["test_an_exception_rolls_back_and_goes_on"]
     assert runs(db) == []
     check_that_the_next_one_works(db)
+
+
+def test_a_stop_iteration_is_not_the_generators(db: DB) -> None:
+    with pytest.raises(StopIteration), db.transaction() as conn:
+        insert_run(conn)
+        next(iter(()))
+    assert runs(db) == []
+    check_that_the_next_one_works(db)
+
+
+def test_a_transaction_is_for_one_with_statement(db: DB) -> None:
+    transaction = db.transaction()
+    with transaction:
+        pass
+    with pytest.raises(RuntimeError, match="has been used"), transaction:
+        pass
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sqlite3 has no other transaction control")
+def test_rolling_back_does_not_depend_on_sqlite3s_transaction_control(tmp_path: Path) -> None:
+    def autocommit(conn: sqlite3.Connection) -> None:
+        conn.autocommit = True  # in which conn.rollback() does nothing
+
+    with DB.open(tmp_path / "daemon.db", on_connect=autocommit) as db:
+        with pytest.raises(ValueError), db.transaction() as conn:
+            insert_run(conn)
+            raise ValueError
+        check_that_the_next_one_works(db)
 
 
 def test_an_error_of_a_statement_rolls_back(db: DB) -> None:

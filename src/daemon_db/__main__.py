@@ -1,6 +1,7 @@
 """`python -m daemon_db PATH`: create or open a database and say what was found."""
 
 import argparse
+import os
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -14,12 +15,9 @@ def main() -> int:
     parser.add_argument("path", metavar="PATH", help="the database file")
     parser.add_argument("--check", action="store_true", help="also run PRAGMA integrity_check and foreign_key_check")
     arguments = parser.parse_args()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a file's name may be in no encoding
     try:
         with DB.open(arguments.path) as db:
-            for line in report(db):
-                print(line)
+            lines = list(report(db))
             problems = list(check(db.conn)) if arguments.check else []
     except ValueError as error:
         parser.error(str(error))
@@ -27,14 +25,23 @@ def main() -> int:
         return fail(str(error))
     except sqlite3.Error as error:
         return fail(f"{arguments.path}: {error}")
+    if arguments.check and not problems:
+        lines.append("check          ok")
+    try:
+        if sys.stdout is not None:
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a name may be in no encoding
+            print(*lines, sep="\n", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it exits, and fails with a traceback
+        return fail(f"cannot write to standard output: {error.strerror}")
     if problems:
-        return fail(f"{db.path} failed the check: {'; '.join(problems)}")
-    if arguments.check:
-        print("check          ok")
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        return fail(f"{db.path} failed the check: {'; '.join(problems[:10])}{more}")
     return 0
 
 
 def fail(message: str) -> int:
+    """Print one line on standard error; the exit status that goes with it."""
     print("daemon_db:", message.replace(":\n", ": ").replace("\n", "; "), file=sys.stderr)
     return 1
 

@@ -7,7 +7,7 @@ import os
 import sqlite3
 import stat
 import time
-from _thread import get_ident  # `threading` has the same one, and takes a fifth as long to import as sqlite3 does
+from _thread import _local, get_ident  # what `threading` has, which takes a fifth as long to import as sqlite3 does
 
 from .errors import OpenError
 
@@ -17,8 +17,14 @@ FileId = tuple[int, int]  # device and inode
 pid = os.getpid()
 """This process, kept up to date across fork: `os.getpid()` is a system call, as long as a quarter of a `SELECT 1`."""
 
+_open_files: dict[int, FileId] = {}
+"""The files of this process's connections, by the connections' ids."""
+
 _inherited: set[FileId] = set()
 """The files that this process's parent had open when it forked."""
+
+_thread = _local()
+"""What is in it for a thread is dropped when the thread ends, by that thread."""
 
 
 def uri(path: str, mode: str) -> str:
@@ -40,37 +46,42 @@ def connect(uri: str, timeout: float, *, check_same_thread: bool = True) -> sqli
 
 
 class Owner:
-    """What closes a thread's connection when the thread ends: kept in a `threading.local`, dropped with it.
+    """What closes a connection when the thread that opened it ends, unless the thread has closed it before."""
 
-    It keeps that `local` in turn, so as to be dropped at the thread's end and not, by another thread, with the `DB`.
-    """
-
-    __slots__ = ("_local", "_pid", "_thread", "conn")
-    open_files: dict[int, FileId] = {}
-
-    def __init__(self, conn: sqlite3.Connection, file: FileId | None, local: object) -> None:
+    def __init__(self, conn: sqlite3.Connection, file: FileId | None) -> None:
         self.conn = conn
-        self._local = local
-        self._pid, self._thread = pid, get_ident()
+        self._pid, self._ident = pid, get_ident()
         if file is not None:
-            self.open_files[id(self)] = file
+            _open_files[id(conn)] = file
+        vars(_thread).setdefault("owners", set()).add(self)
 
     def close(self) -> None:
-        self.open_files.pop(id(self), None)
-        self.conn.close()
+        vars(_thread)["owners"].discard(self)
+        self._close()
 
     # As defaults: when the interpreter exits, this module's globals are gone before the main thread's locals.
     def __del__(self, getpid=os.getpid, get_ident=get_ident) -> None:  # type: ignore[no-untyped-def]
-        # Another thread's owner is dropped by the main thread: in a forked child, before functions registered to run
+        # Another thread's owners are dropped by the main thread: in a forked child, before functions registered to run
         # there do, and when the interpreter exits under a daemon thread. Both leave the connection open.
-        if self._pid == getpid() and self._thread == get_ident():
-            self.close()
+        if self._pid == getpid() and self._ident == get_ident():
+            self._close()
+
+    def _close(self, open_files: dict[int, FileId] = _open_files) -> None:
+        try:
+            # While a cursor has rows to fetch, SQLite keeps a closed connection, and with it the lock of a transaction.
+            if self.conn.in_transaction:
+                self.conn.execute("ROLLBACK")
+        except sqlite3.Error:
+            pass  # closed by hand already; or ROLLBACK failed, and what remains is to close
+        finally:
+            self.conn.close()
+            open_files.pop(id(self.conn), None)
 
 
 def _after_fork_in_child() -> None:
     global pid
     pid = os.getpid()
-    _inherited.update(Owner.open_files.values())
+    _inherited.update(_open_files.values())
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -100,7 +111,7 @@ def refuse_inherited(path: str, file: FileId | None) -> None:
 
 
 def find(path: str) -> tuple[FileId | None, str]:
-    """Which file is at `path`, if there is one, and its name without symbolic links, beside which SQLite puts the WAL.
+    """Which file is at `path`, if there is one, and the path that a link leads to: SQLite puts the WAL beside that.
 
     `OpenError` for what SQLite would take for a database file, and isn't.
     """
@@ -138,6 +149,11 @@ def refuse_unwritable(path: str) -> None:
     """Raise `OpenError` for a file that was opened, but only to be read: SQLite's way when it can't be written."""
     if not _allowed(path, os.R_OK | os.W_OK):
         raise OpenError(path, _NOT_ALLOWED)
+
+
+def is_open(file: FileId | None) -> bool:
+    """Whether this process has a connection to the file, so that its inode can't be another file's by now."""
+    return file in list(_open_files.values())
 
 
 def is_wal(conn: sqlite3.Connection, path: str) -> bool:
@@ -221,6 +237,8 @@ _NOT_ALLOWED = "permission denied: the file is not readable and writable by this
 
 def _obstacle(path: str) -> str | None:
     """What in the file system is in the way, of which SQLite says only "unable to open database file"."""
+    if path == MEMORY:
+        return None
     parent = os.path.dirname(path)
     try:
         os.stat(os.path.join(parent, ""))  # with the slash: as a directory

@@ -3,8 +3,8 @@
 A file is compatible when every statement written against `schema.sql` works on it, as long as the statement names its
 columns, and when nothing else there refuses a row that `schema.sql` accepts. Compared is what SQLite's pragmas show
 (https://sqlite.org/pragma.html#pragma_table_xinfo). They don't show CHECK constraints, a column's collation (an index's
-they do), ON CONFLICT clauses, DEFERRABLE, what a trigger does, nor whether the parent of an extra foreign key exists:
-differences there are not seen.
+they do), ON CONFLICT clauses, DEFERRABLE, what a trigger does, nor whether an extra foreign key, or another table's to
+ours, has a parent that fits: differences there are not seen.
 """
 
 import functools
@@ -148,7 +148,8 @@ def create(conn: sqlite3.Connection, path: str) -> None:
             raise OpenError(path, "damaged: what schema.sql creates is not there afterwards")
         conn.execute("COMMIT")
     finally:
-        conn.rollback()  # nothing, after COMMIT
+        if conn.in_transaction:
+            conn.execute("ROLLBACK")
 
 
 def differences(wanted: Schema, found: Schema) -> Iterator[str]:

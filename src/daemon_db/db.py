@@ -1,6 +1,5 @@
 """`DB`: one database for all threads of a daemon. Each has a connection of its own; in writing they take turns."""
 
-import itertools
 import os
 import sqlite3
 import time
@@ -12,7 +11,7 @@ from .errors import OpenError, SchemaError
 
 _LONGEST_TIMEOUT = 2_147_483  # SQLite counts milliseconds in 32 bits: more would turn negative, and that means no wait
 
-_memory_numbers = itertools.count()
+_OTHER_FILE = "removed or replaced since this DB was opened; open a new DB"
 
 
 class DB:
@@ -21,7 +20,7 @@ class DB:
     `path` is the file, absolute, or ":memory:". Leaving a `with` block closes it, and so does dropping it.
     """
 
-    _pid = 0  # for __del__, after an __init__ that failed
+    _pid = 0  # for __del__ after an __init__ that failed
 
     def __init__(self, path: str, timeout: float, on_connect: Callable[[sqlite3.Connection], object] | None) -> None:
         import threading  # here, because it takes a fifth as long to import as sqlite3 does
@@ -35,7 +34,7 @@ class DB:
         self._local = threading.local()
         self._turn = threading.RLock()
         self._pid = _connection.pid
-        self._open_in = self._pid  # 0 once it is closed
+        self._open_in = self._pid  # 0 once it is closed: `conn` finds out both that and a fork by one comparison
 
     @classmethod
     def open(
@@ -50,12 +49,13 @@ class DB:
         `path` is a file name, made absolute at once, or ":memory:", a database in memory for this `DB`'s threads.
         `timeout` is how many seconds a wait for a lock may last: this call's, a statement's, a transaction's.
         `on_connect(conn)` is called with each new connection, last, in the thread that gets it: for `row_factory`,
-        `PRAGMA synchronous` and the like. What it raises goes on to the caller, and the connection is closed.
+        `PRAGMA synchronous` and the like; not for using this `DB`, nor for another transaction control. What it raises
+        goes on to the caller, and the connection is closed.
 
         Raises `OpenError` if the file can't be opened, and `SchemaError` if it is a database but not one that fits:
         both before the first write. Raises `TypeError` or `ValueError` for a wrong argument.
 
-        Seed: "Functions to Implement". https://sqlite.org/wal.html, https://sqlite.org/foreignkeys.html.
+        The specification's "Functions to Implement". https://sqlite.org/wal.html, https://sqlite.org/foreignkeys.html.
         """
         name = os.fspath(path)
         if not isinstance(name, str):
@@ -65,9 +65,16 @@ class DB:
         if not 0 <= timeout <= _LONGEST_TIMEOUT:
             raise ValueError(f"timeout must be from 0 to {_LONGEST_TIMEOUT} seconds, not {timeout!r}")
         if name != MEMORY and not os.path.isabs(name):
-            name = os.path.join(os.getcwd(), name)  # abspath() would take "link/.." for "."
+            try:
+                name = os.path.join(os.getcwd(), name)  # abspath() would take "link/.." for "."
+            except OSError as error:
+                raise OpenError(name, f"the working directory: {error.strerror}") from error
         db = cls(name, timeout, on_connect)
-        db._connect(db._open_first)
+        try:
+            db._connect(db._open_first)
+        except BaseException:
+            db.close()
+            raise
         return db
 
     @property
@@ -104,8 +111,8 @@ class DB:
     def close(self) -> None:
         """Close the calling thread's connection, and refuse any later use. Any thread may call it, and more than once.
 
-        Another thread in the middle of a transaction finishes it. Its connection closes when it ends or asks for
-        `conn`.
+        Another thread in the middle of a transaction finishes it, and its connection closes when it ends. Don't call it
+        from a signal handler: to close a connection in the middle of a statement crashes Python.
         """
         self._open_in = 0
         if self._pid == _connection.pid:  # else all connections are the parent's
@@ -134,15 +141,16 @@ class DB:
             raise _connection.open_error(self.path, error, self._timeout) from error
         except UnicodeDecodeError as error:  # in SQLite's message, of SQL in the file
             raise OpenError(self.path, f"damaged ({error})") from error
+        owner = _connection.Owner(conn, self._file)
         try:
             if self._on_connect is not None:
                 self._on_connect(conn)
             if not self._open_in:  # closed by another thread meanwhile
                 raise self._refusal()
         except BaseException:
-            conn.close()
+            owner.close()
             raise
-        self._local.owner = _connection.Owner(conn, self._file, self._local)
+        self._local.owner = owner
         self._local.conn = conn
         return conn
 
@@ -158,43 +166,47 @@ class DB:
             _connection.refuse_inherited(self.path, self._file)
             uri = _connection.uri(self.path, _connection.open_mode(self.path, self._file))
             if _connection.has_wal(real_path):
-                # The close() of a file's last connection is a checkpoint, which writes to a file that may not be ours.
-                # So first look at it with a connection that can't write.
-                conn = _connection.connect(_connection.uri(self.path, "ro"), self._timeout)
-                try:
-                    self._has_schema(conn, deadline)
-                except sqlite3.OperationalError as error:
-                    if not _connection.is_readonly(error):
-                        raise  # else there is a rollback journal, too, and to look is to roll back
-                finally:
-                    conn.close()
-        conn = _connection.connect(uri, self._timeout)
+                self._look(deadline)
+        conn = _connection.connect(uri, max(0.0, deadline - time.monotonic()))
         try:
             if self.path != MEMORY:
                 _connection.refuse_unwritable(self.path)
                 self._file = self._file or _connection.file_id(self.path)
-            is_complete = self._has_schema(conn, deadline)
-            is_wal = _connection.is_wal(conn, self.path)
+            is_complete = _schema.is_unchanged(conn) or self._compare_schema(conn, deadline)
             _connection.enforce_foreign_keys(conn)
             if not _connection.enforces_foreign_keys(conn):
                 raise OpenError(self.path, "this SQLite was built without foreign keys")
-            if not is_wal:
+            if not _connection.is_wal(conn, self.path):
                 _connection.switch_to_wal(conn, self.path, deadline)
             if not is_complete:
                 _connection.set_busy_timeout(conn, deadline - time.monotonic())
                 _schema.create(conn, self.path)
-            if not (is_wal and is_complete):
-                _connection.set_busy_timeout(conn, self._timeout)
+            _connection.set_busy_timeout(conn, self._timeout)
         except BaseException:
             conn.close()
             raise
         return conn
 
-    def _has_schema(self, conn: sqlite3.Connection, deadline: float) -> bool:
+    def _look(self, deadline: float) -> None:
+        """Refuse a file that doesn't fit by a connection that can't write.
+
+        The close() of the last connection is a checkpoint: it would write a killed process's WAL into the file.
+        """
         from . import _schema
 
-        if _schema.is_unchanged(conn):
-            return True
+        conn = _connection.connect(_connection.uri(self.path, "ro"), self._timeout)
+        try:
+            if not _schema.is_unchanged(conn):
+                self._compare_schema(conn, deadline)
+        except sqlite3.OperationalError as error:
+            if not _connection.is_readonly(error):
+                raise  # else there is a rollback journal, too, and to look is to roll back
+        finally:
+            conn.close()
+
+    def _compare_schema(self, conn: sqlite3.Connection, deadline: float) -> bool:
+        from . import _schema
+
         _connection.set_busy_timeout(conn, deadline - time.monotonic())
         conn.execute("BEGIN")  # one snapshot: another process may be creating the schema
         is_complete = _schema.is_complete(conn, self.path)
@@ -205,7 +217,7 @@ class DB:
         if sqlite3.sqlite_version_info >= (3, 36):
             # The memdb VFS shares a name that begins with "/" within the process, while a connection to it is open: the
             # anchor. No statement runs on that one, so that any thread may close it.
-            self._memory_uri = f"file:/daemon_db-{next(_memory_numbers)}?vfs=memdb"
+            self._memory_uri = f"file:/daemon_db-{os.urandom(16).hex()}?vfs=memdb"
             self._anchor = _connection.connect(self._memory_uri, 0, check_same_thread=False)
         else:
             self._memory_uri = "file::memory:"
@@ -224,6 +236,8 @@ class DB:
             # in WAL mode: the mode is the file's.
             conn.execute("PRAGMA schema_version")
             self._refuse_other_file()
+            if not _connection.is_open(self._file) and not _connection.is_wal(conn, self.path):
+                raise OpenError(self.path, _OTHER_FILE)  # one that has got the inode of the removed one
             _connection.enforce_foreign_keys(conn)
         except BaseException:
             conn.close()
@@ -232,7 +246,7 @@ class DB:
 
     def _refuse_other_file(self) -> None:
         if self.path != MEMORY and _connection.file_id(self.path) != self._file:
-            raise OpenError(self.path, "removed or replaced since this DB was opened; open a new DB")
+            raise OpenError(self.path, _OTHER_FILE)
 
     def _transaction(self) -> Generator[sqlite3.Connection, None, None]:
         conn = self.conn
@@ -241,6 +255,8 @@ class DB:
         try:
             if not self._turn.acquire(timeout=self._timeout):
                 raise _connection.locked()
+            if self._open_in != _connection.pid:  # closed meanwhile
+                raise self._refusal()
             conn.execute("BEGIN IMMEDIATE")
             yield conn
             if self._pid != _connection.pid:
@@ -258,14 +274,12 @@ class DB:
 
     def _roll_back(self, conn: sqlite3.Connection, error: BaseException) -> None:
         try:
-            conn.rollback()  # nothing, if SQLite has rolled back by itself
+            if conn.in_transaction:  # else SQLite has rolled back by itself
+                conn.execute("ROLLBACK")
         except sqlite3.Error as second:
-            error.add_note(f"ROLLBACK failed, too, and the connection was closed: {second}")
-            self._discard(conn)
-
-    def _discard(self, conn: sqlite3.Connection) -> None:
-        if getattr(self._local, "conn", None) is conn:
-            self._close_own()
+            error.add_note(f"ROLLBACK failed, too: {second}")
+            if getattr(self._local, "conn", None) is conn:
+                self._close_own()
 
     def _close_own(self) -> None:
         mine = vars(self._local)
@@ -279,9 +293,6 @@ class DB:
                 f"{self!r} was opened before a fork(), which no connection survives: "
                 "close it in the parent before it forks, and open a new DB in the child"
             )
-        conn = getattr(self._local, "conn", None)
-        if conn is not None and not conn.in_transaction:  # in one, the thread is still to finish it
-            self._close_own()
         return sqlite3.ProgrammingError("Cannot operate on a closed database.")
 
 
@@ -290,14 +301,17 @@ class Transaction:
     as all of this package.
 
     A signal handler's exception, such as KeyboardInterrupt, may come between the block and the first instruction of
-    `__exit__`. Then the generator is closed, and so rolls back, when that exception's traceback is dropped.
+    `__exit__`. Then the generator is closed, and rolls back, when that exception's traceback is dropped: at the end of
+    the `except` clause that catches it.
     """
 
     def __init__(self, steps: Generator[sqlite3.Connection, None, None]) -> None:
         self._steps = steps
 
     def __enter__(self) -> sqlite3.Connection:
-        return next(self._steps)
+        for conn in self._steps:
+            return conn
+        raise RuntimeError("this transaction has been used: db.transaction() makes a new one")
 
     def __exit__(self, exc_type: object, error: BaseException | None, traceback: object) -> None:
         if error is None:
@@ -306,6 +320,7 @@ class Transaction:
         try:
             self._steps.throw(error)
         except BaseException as raised:
-            if raised is not error:
+            # A generator makes a RuntimeError of a StopIteration that passes through it.
+            if raised is not error and raised.__cause__ is not error:
                 raise
             error.__traceback__ = traceback  # type: ignore[assignment]  # as it was, without the steps
