@@ -175,6 +175,15 @@ class TestNotToBeOpened:
             DB.open(f"{tmp_path}/{name}")
         assert files_in(tmp_path) == before
 
+    def test_a_relative_path_in_a_directory_that_was_removed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "removed").mkdir()
+        monkeypatch.chdir(tmp_path / "removed")
+        (tmp_path / "removed").rmdir()
+        with pytest.raises(OpenError, match="^cannot open db: the working directory: No such file or directory$"):
+            DB.open("db")
+
     def test_where_wal_mode_is_not_available(self, tmp_path: Path) -> None:
         """Such as in a file system without shared memory: here, in a VFS without it."""
         uri = f"{(tmp_path / 'db').as_uri()}?vfs=unix-dotfile"

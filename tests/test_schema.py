@@ -626,6 +626,14 @@ def test_both_errors_survive_pickling(tmp_path: Path, protocol: int) -> None:
             assert getattr(copy, name) == getattr(error, name)
 
 
-def test_the_busy_timeout_is_the_callers_after_a_comparison(tmp_path: Path) -> None:
-    with DB.open(create(tmp_path / "daemon.db", schema()), timeout=2.5) as db:
-        assert db.conn.execute("PRAGMA busy_timeout").fetchone() == (2500,)
+@pytest.mark.parametrize("script", [SQL, schema(), "", STATEMENTS["runs"]], ids=["same", "other spaces", "new", "part"])
+def test_the_busy_timeout_is_the_callers_whatever_the_opening_took(tmp_path: Path, script: str) -> None:
+    path = create(tmp_path / "daemon.db", script)
+    for _ in range(2):
+        with DB.open(path, timeout=2.5) as db, DB.open(path, timeout=2.5) as other:
+            for conn in (db.conn, other.conn):
+                assert conn.execute("PRAGMA busy_timeout").fetchone() == (2500,)
+            insert_run(db.conn)
+            with DB.open(path, timeout=2.5) as third:  # there is something in the WAL
+                assert third.conn.execute("PRAGMA busy_timeout").fetchone() == (2500,)
+                third.conn.execute("DELETE FROM runs")

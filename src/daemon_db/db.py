@@ -159,29 +159,34 @@ class DB:
         from . import _schema  # here, because `import daemon_db` can do without
 
         deadline = time.monotonic() + self._timeout
+        has_looked = False
         if self.path == MEMORY:
             uri = self._open_memory()
         else:
             self._file, real_path = _connection.find(self.path)
             _connection.refuse_inherited(self.path, self._file)
             uri = _connection.uri(self.path, _connection.open_mode(self.path, self._file))
-            if _connection.has_wal(real_path):
+            has_looked = _connection.has_wal(real_path)
+            if has_looked:
                 self._look(deadline)
-        conn = _connection.connect(uri, max(0.0, deadline - time.monotonic()))
+        conn = _connection.connect(uri, max(0.0, deadline - time.monotonic()) if has_looked else self._timeout)
         try:
             if self.path != MEMORY:
                 _connection.refuse_unwritable(self.path)
                 self._file = self._file or _connection.file_id(self.path)
-            is_complete = _schema.is_unchanged(conn) or self._compare_schema(conn, deadline)
+            is_unchanged = _schema.is_unchanged(conn)
+            is_complete = is_unchanged or self._compare_schema(conn, deadline)
+            is_wal = _connection.is_wal(conn, self.path)
             _connection.enforce_foreign_keys(conn)
             if not _connection.enforces_foreign_keys(conn):
                 raise OpenError(self.path, "this SQLite was built without foreign keys")
-            if not _connection.is_wal(conn, self.path):
+            if not is_wal:
                 _connection.switch_to_wal(conn, self.path, deadline)
             if not is_complete:
                 _connection.set_busy_timeout(conn, deadline - time.monotonic())
                 _schema.create(conn, self.path)
-            _connection.set_busy_timeout(conn, self._timeout)
+            if has_looked or not (is_unchanged and is_wal):  # which took from the timeout
+                _connection.set_busy_timeout(conn, self._timeout)
         except BaseException:
             conn.close()
             raise
