@@ -5,6 +5,7 @@ import pickle
 import re
 import signal
 import sqlite3
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -624,6 +625,27 @@ def test_both_errors_survive_pickling(tmp_path: Path, protocol: int) -> None:
         assert str(copy) == str(error)
         for name in ("path", "args", *names):
             assert getattr(copy, name) == getattr(error, name)
+
+
+def test_the_structure_is_read_from_one_snapshot(tmp_path: Path) -> None:
+    """Here another connection changes it right after the tables are listed: what is compared is what was listed."""
+    path = create(tmp_path / "daemon.db", schema() + "CREATE UNIQUE INDEX extra ON runs(status);", "wal")
+    other = sqlite3.connect(path)
+    expected()  # reads a schema, too
+
+    def drop(_: object, event: str, function: object) -> None:
+        if event == "c_return" and getattr(function, "__name__", "") == "fetchall":
+            sys.setprofile(None)
+            other.execute("DROP INDEX extra")
+
+    sys.setprofile(drop)
+    try:
+        error = refused(path)
+    finally:
+        sys.setprofile(None)
+    assert error.problems == ("runs: extra unique constraint (status)",)
+    assert other.execute("SELECT count(*) FROM sqlite_master WHERE name = 'extra'").fetchone() == (0,)
+    other.close()
 
 
 @pytest.mark.parametrize("script", [SQL, schema(), "", STATEMENTS["runs"]], ids=["same", "other spaces", "new", "part"])
