@@ -11,7 +11,8 @@ import pytest
 
 from support import ENVIRONMENT, fill_with_sqlite3
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -46,6 +47,11 @@ def test_the_command_line(tmp_path: Path) -> None:
     printed = printed.replace(str(tmp_path), "/home/you")
     printed = re.sub(rf"{sqlite3.sqlite_version}.*", "3.51.3", printed)
     assert printed == shown
+
+
+def test_the_benchmark_starts() -> None:
+    assert "`python tests/benchmark.py`" in README
+    assert "--quick" in run("tests/benchmark.py", "--help", cwd=ROOT)
 
 
 def test_every_command_is_known_to_be_run() -> None:

@@ -139,8 +139,11 @@ def open_mode(path: str, file: FileId | None) -> str:
 
 def has_wal(real_path: str) -> bool:
     """Whether there is something in the WAL: of a process that has the file open now, or of one that was killed."""
+    wal = f"{real_path}-wal"
+    if not os.access(wal, os.F_OK):  # the usual case, and quicker found out than by an exception
+        return False
     try:
-        return os.stat(f"{real_path}-wal").st_size > 0
+        return os.stat(wal).st_size > 0
     except OSError:
         return False
 
@@ -255,7 +258,10 @@ def _obstacle(path: str) -> str | None:
     return None
 
 
+_EFFECTIVE_IDS = os.access in os.supports_effective_ids
+
+
 def _allowed(path: str, mode: int) -> bool:
     # Asked, not tried: closing any descriptor of the file drops all locks of this process on it
     # (https://sqlite.org/howtocorrupt.html, 2.2).
-    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+    return os.access(path, mode, effective_ids=_EFFECTIVE_IDS)
