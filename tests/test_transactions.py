@@ -284,9 +284,10 @@ def test_a_signal_at_any_moment_leaves_no_transaction_open(tmp_path: Path) -> No
 
 def test_control_c_in_the_middle(tmp_path: Path) -> None:
     code = """
-import sys
+import signal, sys
 from support import insert_run
 from daemon_db import DB
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background processes don't have
 with DB.open(sys.argv[1]) as db:
     try:
         with db.transaction() as conn:
