@@ -3,4 +3,6 @@
 from .db import DB
 from .errors import OpenError, SchemaError
 
-__all__ = ["DB", "OpenError", "SchemaError"]
+__all__ = ["DB", "OpenError", "SchemaError", "__version__"]
+
+__version__ = "0.2.0"

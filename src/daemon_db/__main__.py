@@ -1,66 +1,94 @@
-"""`python -m daemon_db PATH`: create or open a database and say what was found."""
+"""`python -m daemon_db PATH`: create or open a database and say what was found; with `--check`, look for damage."""
 
 import argparse
+import json
 import os
 import sqlite3
 import sys
+import time
 from collections.abc import Iterator
+from typing import Any
 
-from . import DB, OpenError, SchemaError, _schema
+from . import DB, OpenError, SchemaError, __version__, _schema
+
+_MOST_PROBLEMS = 10
 
 
 def main() -> int:
-    """Exit status 0; 1, with one line on standard error, if the database can't be opened or fails a check; 2: usage."""
-    parser = argparse.ArgumentParser("python -m daemon_db", description="Create or open a database; say what is there.")
+    """Exit status 0; 1, with one line on standard error, if the database can't be opened or fails the check; 130 if
+    interrupted; 2: wrong usage.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m daemon_db", description="Create or open a database, or bring it up to date, and say what is there."
+    )
     parser.add_argument("path", metavar="PATH", help="the database file")
-    parser.add_argument("--check", action="store_true", help="also run PRAGMA integrity_check and foreign_key_check")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing, and look for damage by PRAGMA integrity_check and foreign_key_check",
+    )
+    parser.add_argument("--json", action="store_true", help="say it as JSON")
+    parser.add_argument("--version", action="version", version=f"daemon_db {__version__}")
     arguments = parser.parse_args()
     try:
-        with DB.open(arguments.path) as db:
-            lines = list(report(db))
-            problems = list(check(db.conn)) if arguments.check else []
+        with DB.open(arguments.path, read_only=arguments.check) as db:
+            found = look(db)
+            if arguments.check:
+                found["problems"] = list(check(db))
     except ValueError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
     except (OpenError, SchemaError) as error:
         return fail(str(error))
     except sqlite3.Error as error:
+        if (
+            getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT
+        ):  # Ctrl-C, met in the middle of a statement
+            return fail("interrupted", 130)
         return fail(f"{arguments.path}: {error}")
-    if arguments.check and not problems:
-        lines.append("check          ok")
     try:
         if sys.stdout is not None:
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a name may be in no encoding
-            print(*lines, sep="\n", flush=True)
+            print(json.dumps(found) if arguments.json else "\n".join(lines(found)), flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it exits, and fails with a traceback
         return fail(f"cannot write to standard output: {error.strerror}")
-    if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        return fail(f"{db.path} failed the check: {'; '.join(problems[:10])}{more}")
+    if problems := found.get("problems"):
+        more = f" and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
+        return fail(f"{db.path} failed the check: {'; '.join(problems[:_MOST_PROBLEMS])}{more}")
     return 0
 
 
-def fail(message: str) -> int:
+def fail(message: str, status: int = 1) -> int:
     """Print one line on standard error; the exit status that goes with it."""
     print("daemon_db:", message.replace(":\n", ": ").replace("\n", "; "), file=sys.stderr)
-    return 1
+    return status
 
 
-def report(db: DB) -> Iterator[str]:
-    """What was found, a line each."""
-    yield f"path           {db.path}"
-    bug = WAL_RESET_BUG if has_wal_reset_bug(sqlite3.sqlite_version_info) else ""
-    yield f"SQLite         {sqlite3.sqlite_version}{bug}"
-    yield f"journal mode   {db.conn.execute('PRAGMA journal_mode').fetchone()[0]}"
-    yield f"foreign keys   {'on' if db.conn.execute('PRAGMA foreign_keys').fetchone()[0] else 'off'}"
-    for table in _schema.expected()[1].tables:
-        yield f"{table:14} {db.conn.execute(f'SELECT count(*) FROM {table}').fetchone()[0]} rows"
+def look(db: DB) -> dict[str, Any]:
+    """What is there, as it is for `--json`."""
+    return {
+        "path": db.path,
+        "sqlite": sqlite3.sqlite_version,
+        "wal_reset_bug": has_wal_reset_bug(sqlite3.sqlite_version_info),
+        "journal_mode": db.conn.execute("PRAGMA journal_mode").fetchone()[0],
+        "foreign_keys": db.conn.execute("PRAGMA foreign_keys").fetchone() == (1,),
+        "rows": {table: db.conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in _schema.TABLES},
+    }
 
 
-WAL_RESET_BUG = (
-    " (has the WAL-reset bug, rare corruption when one connection writes while another checkpoints:"
-    " upgrade SQLite to 3.51.3 or later, or to 3.50.7 or 3.44.6)"
-)
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """The same for a person."""
+    yield f"path           {found['path']}"
+    bug = "  (has the WAL-reset bug: see the README)" if found["wal_reset_bug"] else ""
+    yield f"SQLite         {found['sqlite']}{bug}"
+    yield f"journal mode   {found['journal_mode']}"
+    yield f"foreign keys   {'on' if found['foreign_keys'] else 'off'}"
+    for table, count in found["rows"].items():
+        yield f"{table:14} {count} rows"
+    if found.get("problems") == []:
+        yield "check          ok"
 
 
 def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
@@ -70,13 +98,43 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
     return (3, 7, 0) <= version < (3, 51, 3)
 
 
-def check(conn: sqlite3.Connection) -> Iterator[str]:
+def check(db: DB) -> Iterator[str]:
     """What `PRAGMA integrity_check` and `PRAGMA foreign_key_check` find wrong, nothing if nothing."""
-    for (found,) in conn.execute("PRAGMA integrity_check"):
-        if found != "ok":
-            yield found
-    for table, rowid, parent, _ in conn.execute("PRAGMA foreign_key_check"):
-        yield f"{table} row {rowid} refers to a row of {parent} that isn't there"
+    progress = Progress(db.path)
+    db.conn.set_progress_handler(progress.show, 100_000)
+    try:
+        for (found,) in db.conn.execute("PRAGMA integrity_check"):
+            if found != "ok":
+                yield found
+        for table, rowid, parent, _ in db.conn.execute("PRAGMA foreign_key_check"):
+            yield f"{table} row {rowid} refers to a row of {parent} that isn't there"
+    finally:
+        progress.clear()
+
+
+class Progress:
+    """A line on standard error, where that is a terminal, for what takes longer than a second.
+
+    SQLite calls `show` every so many of its instructions. This also lets Ctrl-C interrupt it: Python's signal handlers
+    run only in between Python's own.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._start = time.monotonic()
+        self._shown = 0
+        self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
+
+    def show(self) -> int:
+        seconds = int(time.monotonic() - self._start)
+        if self._is_terminal and seconds > self._shown:
+            self._shown = seconds
+            print(f"\r\x1b[Kchecking {self._path}: {seconds} s", end="", file=sys.stderr, flush=True)
+        return 0  # go on
+
+    def clear(self) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,174 +1,268 @@
-"""One connection to one file: how it is opened, set up and closed, and what SQLite's errors mean.
+"""One connection: the process and the thread that it belongs to, WAL mode and foreign keys."""
 
-All of this is about one connection: the schema is `_schema`'s, threads and transactions are `db`'s.
-"""
-
+import atexit
+import contextlib
+import functools
 import os
 import sqlite3
-import stat
+import sys
+import threading
 import time
-from _thread import _local, get_ident  # what `threading` has, which takes a fifth as long to import as sqlite3 does
+import weakref
+from collections.abc import Callable
+from types import GeneratorType
+from typing import Any
 
-from .errors import OpenError
+from ._place import FileId, Memory, Place
+from .errors import REPLACED, OpenError, is_busy
 
-MEMORY = ":memory:"
-FileId = tuple[int, int]  # device and inode
+# The process
 
 pid = os.getpid()
-"""This process, kept up to date across fork: `os.getpid()` is a system call, as long as a quarter of a `SELECT 1`."""
+"""This process; 0 while it forks. To ask the system each time takes as long as a quarter of a `SELECT 1`."""
 
-_open_files: dict[int, FileId] = {}
-"""The files of this process's connections, by the connections' ids."""
+_held: dict["ThreadConnection", FileId | str] = {}
+"""The files on which SQLite may have locks, each from before it is asked to open it; by its path if it isn't there yet.
 
-_inherited: set[FileId] = set()
-"""The files that this process's parent had open when it forked."""
+To set or delete an item is atomic, and what reads them all is a forked child's only thread.
+"""
 
-_thread = _local()
-"""What is in it for a thread is dropped when the thread ends, by that thread."""
+_inherited: set[FileId | str] = set()
+"""What was in there when this process was forked."""
 
+_process = pid
+"""The process that these two are about."""
 
-def uri(path: str, mode: str) -> str:
-    """`path` as a URI, which alone can say `mode=rw`: create nothing (https://sqlite.org/uri.html)."""
-    escaped = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-    return f"file://{escaped}?mode={mode}"  # "//" and no authority: the path itself may begin with two slashes
-
-
-def connect(uri: str, timeout: float, *, check_same_thread: bool = True) -> sqlite3.Connection:
-    """Connect in autocommit mode. The connection is freed by its `close()` and by nothing else.
-
-    Freed in a forked child, it would roll back there, and so clear the parent's uncommitted frames out of the WAL index
-    that they share: "database disk image is malformed", in the parent (https://sqlite.org/howtocorrupt.html, 2.6).
-    """
-    conn = sqlite3.connect(uri, timeout=timeout, isolation_level=None, check_same_thread=check_same_thread, uri=True)
-    # SQLite holds the function and the function its connection: a cycle that the garbage collector doesn't see.
-    conn.create_function("daemon_db_connection", 0, lambda: repr(conn))
-    return conn
+_forking = threading.RLock()
 
 
-class Owner:
-    """What closes a connection when the thread that opened it ends, unless the thread has closed it before."""
-
-    def __init__(self, conn: sqlite3.Connection, file: FileId | None) -> None:
-        self.conn = conn
-        self._pid, self._ident = pid, get_ident()
-        if file is not None:
-            _open_files[id(conn)] = file
-        vars(_thread).setdefault("owners", set()).add(self)
-
-    def close(self) -> None:
-        vars(_thread)["owners"].discard(self)
-        self._close()
-
-    # As defaults: when the interpreter exits, this module's globals are gone before the main thread's locals.
-    def __del__(self, getpid=os.getpid, get_ident=get_ident) -> None:  # type: ignore[no-untyped-def]
-        # Another thread's owners are dropped by the main thread: in a forked child, before functions registered to run
-        # there do, and when the interpreter exits under a daemon thread. Both leave the connection open.
-        if self._pid == getpid() and self._ident == get_ident():
-            self._close()
-
-    def _close(self, open_files: dict[int, FileId] = _open_files) -> None:
-        try:
-            # While a cursor has rows to fetch, SQLite keeps a closed connection, and with it the lock of a transaction.
-            if self.conn.in_transaction:
-                self.conn.execute("ROLLBACK")
-        except sqlite3.Error:
-            pass  # closed by hand already; or ROLLBACK failed, and what remains is to close
-        finally:
-            self.conn.close()
-            open_files.pop(id(self.conn), None)
-
-
-def _after_fork_in_child() -> None:
+def _before_fork() -> None:
     global pid
+    _forking.acquire()  # or a thread that has forked would set `pid` while another is about to
+    pid = 0  # so that the child looks from its first instruction on: others' at-fork functions may run before ours
+
+
+def _after_fork() -> None:
+    global pid
+    _notice_fork()
     pid = os.getpid()
-    _inherited.update(_open_files.values())
+    _forking.release()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
-def file_id(path: str) -> FileId | None:
-    """Which file is at `path`, by what SQLite, too, tells files apart. None: none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+def _notice_fork() -> None:
+    """In a forked child, once: know what the parent had open, and leave it alone.
+
+    To close the parent's connections, or to free them, would roll back in the WAL index, in memory shared with the
+    parent: "database disk image is malformed" there (https://sqlite.org/howtocorrupt.html, 2.6).
+    """
+    global _process
+    if _process != os.getpid():
+        _process = os.getpid()
+        _inherited.update(_held.values())
+        _held.clear()
+        thread.connections = ThreadConnections()
 
 
-def refuse_inherited(path: str, file: FileId | None) -> None:
+def refuse_inherited(place: Place) -> None:
     """Raise `OpenError` where SQLite would take locks that the parent process holds for locks of this one.
 
-    It lists a process's locks by inode. A fork copies the list and not the locks, so that the parent's last `close()`
-    finds the file free, and removes the WAL under the child: what the child commits from then on is lost.
+    SQLite remembers a process's locks in memory. A fork copies the memory and not the locks, so that the parent's last
+    `close()` finds the file free and removes the WAL under the child: what the child commits from then on is lost.
     """
-    if file in _inherited:
+    _notice_fork()
+    if place.id in _inherited or place.real_path in _inherited:
         raise OpenError(
-            path,
+            place.path,
             "this process was forked while its parent had the file open, and SQLite's locks on it don't work here; "
             "close the DB before the fork, or start the process by spawn or exec",
         )
 
 
-def find(path: str) -> tuple[FileId | None, str]:
-    """Which file is at `path`, if there is one, and the path that a link leads to: SQLite puts the WAL beside that.
+# The thread
 
-    `OpenError` for what SQLite would take for a database file, and isn't.
+
+class Shared:
+    """What a `DB` shares with its threads' connections: whether it is open, and whose turn it is to write."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.open_in = self.process
+        """The same while it is open, then 0: so that `DB.conn` finds out by one comparison that it can go on."""
+        self.turn = threading.RLock()  # it knows its owner, wherever a signal's exception interrupts
+        self._anchors: list[sqlite3.Connection] = []
+
+    def is_inherited(self) -> bool:
+        """Whether this is a forked child, and the `DB` its parent's."""
+        return self.process != pid and self.process != os.getpid()
+
+    def anchor(self, place: Memory) -> None:
+        """Keep the memory while the `DB` is open, whichever threads end. No statement runs on this connection."""
+        self._anchors.append(sqlite3.connect(place.uri(), uri=True, check_same_thread=False))
+
+    def close(self) -> None:
+        """Close the calling thread's connection now; the others' are closed by their threads."""
+        self.open_in = 0
+        if not self.is_inherited():  # else all connections are the parent's
+            if own := thread.connections.get(self):
+                thread.connections.close(own)
+            self._release()
+
+    def drop(self) -> None:
+        """As `close()`, but what is in use stays open: the garbage collector may call in the middle of a statement."""
+        self.open_in = 0
+        if not self.is_inherited():
+            thread.connections.close_unused()
+            self._release()
+
+    def _release(self) -> None:
+        with contextlib.suppress(IndexError):
+            self._anchors.pop().close()  # by one thread only: without the GIL, two at once crash the interpreter
+
+
+class ThreadConnection:
+    """A connection, and what its thread must know to close it. It is freed by its `close()` and by nothing else."""
+
+    def __init__(self, place: Place, timeout: float, shared: Shared) -> None:
+        self.shared = shared
+        self.transaction: weakref.ref[GeneratorType[Any, Any, Any]] | None = None
+        """What runs a transaction on it, until that is committed or rolled back."""
+        self._references = 0
+        _held[self] = place.id or place.real_path
+        try:
+            self.conn = sqlite3.connect(place.uri(), timeout=timeout, isolation_level=None, uri=True)
+        except BaseException:
+            del _held[self]
+            raise
+
+    def keep(self) -> None:
+        """From now on nothing but `close()` frees it: SQLite holds the function, and the function the connection."""
+        self.conn.create_function("daemon_db_connection", 0, functools.partial(repr, self.conn))
+        self._references = self._count_references()
+
+    def identify(self, place: Place) -> None:
+        """Once SQLite has opened, and perhaps created, the file: know it by its inode."""
+        place.identify()
+        _held[self] = place.id or place.real_path
+
+    def is_unused(self) -> bool:
+        """Whether no caller has it. A running statement, a cursor with rows to fetch and an open blob have it, too."""
+        return self._count_references() <= self._references
+
+    def _count_references(self) -> int:
+        return sys.getrefcount(self.conn)
+
+    def end_transaction(self) -> None:
+        """Roll back what isn't committed, and give the turn back."""
+        if self.shared.is_inherited():
+            return  # the transaction is the parent's
+        try:
+            if self.conn.in_transaction:  # else it is committed, or SQLite has rolled back by itself
+                self.conn.execute("ROLLBACK")
+            self.transaction = None
+        finally:
+            try:
+                self.shared.turn.release()
+            except RuntimeError:
+                pass  # another thread has it, or none
+
+    def end_abandoned_transaction(self) -> None:
+        """Do what a signal's exception has kept from being done when the block of `transaction()` ended."""
+        steps = self._steps()
+        if steps is None or steps.gi_frame is None:
+            self.end_transaction()
+
+    def _steps(self) -> "GeneratorType[Any, Any, Any] | None":
+        return None if self.transaction is None else self.transaction()
+
+    def close(self) -> None:
+        """Roll back what is open, and close. For its own thread, and not in the middle of a statement."""
+        steps = self._steps()
+        try:
+            if steps is not None and not steps.gi_running:
+                steps.close()  # a transaction in a generator that will not go on
+            # While a cursor has rows to fetch, SQLite keeps a closed connection, and with it the lock of a transaction.
+            with contextlib.suppress(sqlite3.Error):  # closed by hand; or what remains is to close
+                self.end_transaction()
+        finally:
+            self.conn.close()
+            _held.pop(self, None)
+
+
+class ThreadConnections(dict[Shared, ThreadConnection]):
+    """A thread's connections, by their `DB`s. Those that the thread has not closed before, it closes when it ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._opened: set[ThreadConnection] = set()
+        """All, from when they are opened until they are closed: those, too, that aren't ready to be given out."""
+        self._process, self._thread = os.getpid(), threading.get_ident()
+
+    def open(self, place: Place, timeout: float, shared: Shared) -> ThreadConnection:
+        self.close_unused()
+        own = ThreadConnection(place, timeout, shared)
+        self._opened.add(own)
+        try:
+            own.keep()
+        except BaseException:
+            self.close(own)
+            raise
+        return own
+
+    def close(self, own: ThreadConnection) -> None:
+        own.close()
+        self._opened.discard(own)
+        if self.get(own.shared) is own:
+            del self[own.shared]
+
+    def close_unused(self) -> None:
+        """Close those of closed `DB`s that nothing uses any more."""
+        for own in list(self._opened):
+            if not own.shared.open_in and own.is_unused():
+                self.close(own)
+
+    def close_all(self) -> None:
+        for own in list(self._opened):
+            self.close(own)
+
+    # Defaults, because when the interpreter exits this module's globals go first.
+    def __del__(
+        self,
+        is_finalizing: Callable[[], bool] = sys.is_finalizing,
+        getpid: Callable[[], int] = os.getpid,
+        get_ident: Callable[[], int] = threading.get_ident,
+    ) -> None:
+        # Another thread drops them in a forked child, and at exit under a daemon thread: both leave them open.
+        if not is_finalizing() and (self._process, self._thread) == (getpid(), get_ident()):
+            self.close_all()
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.connections = ThreadConnections()
+
+
+thread = _Thread()
+"""The calling thread's own."""
+
+
+@atexit.register
+def _close_all() -> None:
+    thread.connections.close_all()
+
+
+# SQLite's settings
+
+
+def use_wal(conn: sqlite3.Connection, place: Place, timeout: float) -> None:
+    """Turn WAL mode on, which the file then keeps (https://sqlite.org/wal.html); `OpenError` where it isn't to be had.
+
+    A database in memory has no journal file, and needs none.
     """
-    real_path = path
-    try:
-        status = os.lstat(path)
-        if stat.S_ISLNK(status.st_mode):
-            real_path = os.path.realpath(path)
-            status = os.stat(path)
-    except OSError:
-        return None, real_path
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        raise OpenError(path, "not a regular file")  # to open one may wait forever
-    if stat.S_ISREG(status.st_mode) and status.st_size == 1:
-        raise OpenError(path, "not a SQLite database")  # SQLite takes one byte for none
-    return (status.st_dev, status.st_ino), real_path
-
-
-def open_mode(path: str, file: FileId | None) -> str:
-    """The URI's `mode`: whether to create the file."""
-    # SQLite simplifies a path by its text, and would create "no/../db" where the operating system says no.
-    can_create = file is None and os.path.isdir(os.path.join(os.path.dirname(path), ""))
-    return "rwc" if can_create else "rw"
-
-
-def has_wal(real_path: str) -> bool:
-    """Whether there is something in the WAL: of a process that has the file open now, or of one that was killed."""
-    wal = f"{real_path}-wal"
-    if not os.access(wal, os.F_OK):  # the usual case, and quicker found out than by an exception
-        return False
-    try:
-        return os.stat(wal).st_size > 0
-    except OSError:
-        return False
-
-
-def refuse_unwritable(path: str) -> None:
-    """Raise `OpenError` for a file that was opened, but only to be read: SQLite's way when it can't be written."""
-    if not _allowed(path, os.R_OK | os.W_OK):
-        raise OpenError(path, _NOT_ALLOWED)
-
-
-def is_open(file: FileId | None) -> bool:
-    """Whether this process has a connection to the file, so that its inode can't be another file's by now."""
-    return file in list(_open_files.values())
-
-
-def is_wal(conn: sqlite3.Connection, path: str) -> bool:
-    """Whether WAL mode is on, or needn't be: a database in memory has no journal file (https://sqlite.org/wal.html)."""
-    wanted = "memory" if path == MEMORY else "wal"
-    return bool(conn.execute("PRAGMA journal_mode").fetchone() == (wanted,))
-
-
-def switch_to_wal(conn: sqlite3.Connection, path: str, deadline: float) -> None:
-    """Turn WAL mode on, waiting for locks until `deadline`; `OpenError` where it isn't to be had."""
+    deadline = time.monotonic() + timeout
     while True:
-        set_busy_timeout(conn, deadline - time.monotonic())
         try:
             (mode,) = conn.execute("PRAGMA journal_mode=WAL").fetchone()
             break
@@ -177,8 +271,18 @@ def switch_to_wal(conn: sqlite3.Connection, path: str, deadline: float) -> None:
             if not is_busy(error) or time.monotonic() >= deadline:
                 raise
             time.sleep(0.002)
-    if mode != "wal":
-        raise OpenError(path, f"WAL mode is not available here: journal_mode stayed {mode!r}")
+    if mode != place.journal_mode:
+        raise OpenError(place.path, f"WAL mode is not available here: journal_mode stayed {mode!r}")
+
+
+def refuse_other_mode(conn: sqlite3.Connection, place: Place) -> None:
+    """Raise `OpenError` if the file isn't in WAL mode: it is another, which has got the inode of a removed one.
+
+    This is the connection's first read, too, in which it opens the WAL by its name.
+    """
+    (mode,) = conn.execute("PRAGMA journal_mode").fetchone()
+    if mode != place.journal_mode and not place.read_only:
+        raise OpenError(place.path, REPLACED)
 
 
 def enforce_foreign_keys(conn: sqlite3.Connection) -> None:
@@ -186,82 +290,40 @@ def enforce_foreign_keys(conn: sqlite3.Connection) -> None:
     conn.execute("PRAGMA foreign_keys=ON")
 
 
-def enforces_foreign_keys(conn: sqlite3.Connection) -> bool:
-    """Whether that had an effect: in a SQLite that was built without foreign keys it has none."""
-    return bool(conn.execute("PRAGMA foreign_keys").fetchone() == (1,))
+def refuse_unenforced_foreign_keys(conn: sqlite3.Connection, place: Place) -> None:
+    """Raise `OpenError` if that had no effect: a SQLite that was built without them says nothing."""
+    if conn.execute("PRAGMA foreign_keys").fetchone() != (1,):
+        raise OpenError(place.path, "this SQLite was built without foreign keys")
 
 
-def set_busy_timeout(conn: sqlite3.Connection, seconds: float) -> None:
-    """Let statements wait that long for a lock (https://sqlite.org/pragma.html#pragma_busy_timeout)."""
-    conn.execute(f"PRAGMA busy_timeout={max(0, int(seconds * 1000))}")
+def forbid_writing(conn: sqlite3.Connection) -> None:
+    """Let SQLite refuse every write (https://sqlite.org/pragma.html#pragma_query_only)."""
+    conn.execute("PRAGMA query_only=ON")
 
 
-def is_busy(error: sqlite3.Error) -> bool:
-    """Whether another connection's lock is what SQLite met (https://sqlite.org/rescode.html#busy)."""
-    return _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+WAL_LIMIT = 16 * 2**20
+"""Bytes that the WAL may have before a commit checkpoints all of it. SQLite's own checkpoints are at 4 MB."""
+
+_PATIENCE = 100
+"""Milliseconds that this checkpoint waits for readers. No thread of this `DB` can write meanwhile."""
 
 
-def is_readonly(error: sqlite3.Error) -> bool:
-    """Whether what SQLite met is that it may not write (https://sqlite.org/rescode.html#readonly)."""
-    return _code(error) == sqlite3.SQLITE_READONLY
+def truncate_wal(conn: sqlite3.Connection) -> bool:
+    """Checkpoint all of the WAL, and empty it. False: a reader was in the way.
 
-
-def locked() -> sqlite3.OperationalError:
-    """The error that SQLite raises when the busy timeout has passed."""
-    error = sqlite3.OperationalError("database is locked")
-    error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_BUSY, "SQLITE_BUSY"
-    return error
-
-
-def open_error(path: str, error: sqlite3.Error, timeout: float) -> OpenError:
-    """SQLite's `error`, met while opening `path`, in words that say what to fix."""
-    code = _code(error)
-    if is_busy(error):
-        reason = f"locked for more than {float(timeout)} s"
-    elif code == sqlite3.SQLITE_NOTADB:
-        reason = "not a SQLite database"
-    elif code == sqlite3.SQLITE_CORRUPT:
-        reason = f"damaged ({error}): restore a backup, or see https://sqlite.org/recovery.html"
-    else:
-        reason = _obstacle(path) or str(error)
-    translated = OpenError(path, reason)
-    if code:
-        translated.sqlite_errorcode, translated.sqlite_errorname = error.sqlite_errorcode, error.sqlite_errorname
-    return translated
-
-
-def _code(error: sqlite3.Error) -> int:
-    """The primary result code: the low byte of the extended one. 0: Python's own error, not SQLite's."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF
-
-
-_NOT_ALLOWED = "permission denied: the file is not readable and writable by this user"
-
-
-def _obstacle(path: str) -> str | None:
-    """What in the file system is in the way, of which SQLite says only "unable to open database file"."""
-    if path == MEMORY:
-        return None
-    parent = os.path.dirname(path)
+    SQLite begins the WAL anew only where no reader needs any of it. Readers that overlap keep it from that for ever, so
+    here new ones read the file itself, and the old ones are waited for (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files).
+    """
+    cursor = conn.cursor()
+    cursor.row_factory = None  # the caller's may make anything of a row
+    (timeout,) = cursor.execute("PRAGMA busy_timeout").fetchone()
+    cursor.execute(f"PRAGMA busy_timeout={_PATIENCE}")
     try:
-        os.stat(os.path.join(parent, ""))  # with the slash: as a directory
-    except FileNotFoundError:
-        return f"parent directory {parent} does not exist"
-    except OSError as error:
-        return f"parent directory {parent}: {error.strerror}"
-    if os.path.isdir(path):
-        return "it is a directory"
-    if os.path.exists(path) and not _allowed(path, os.R_OK | os.W_OK):
-        return _NOT_ALLOWED
-    if not _allowed(parent, os.W_OK | os.X_OK):
-        return f"permission denied: directory {parent} is not writable by this user"
-    return None
-
-
-_EFFECTIVE_IDS = os.access in os.supports_effective_ids
-
-
-def _allowed(path: str, mode: int) -> bool:
-    # Asked, not tried: closing any descriptor of the file drops all locks of this process on it
-    # (https://sqlite.org/howtocorrupt.html, 2.2).
-    return os.access(path, mode, effective_ids=_EFFECTIVE_IDS)
+        (busy, _, _) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    except sqlite3.OperationalError as error:
+        if not is_busy(error):
+            raise
+        return False  # the reader is this very connection: a SELECT of the thread's own, half read
+    finally:
+        cursor.execute(f"PRAGMA busy_timeout={timeout}")
+    return not busy

@@ -12,6 +12,7 @@ import itertools
 import os
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
 
 from .errors import OpenError, SchemaError
 
@@ -31,6 +32,25 @@ _FOREIGN_KEYS = """
 _INDEXES = """
     SELECT lower(i.name), i.origin, i."unique", i.partial, lower(c.name), c."desc", upper(c.coll)
     FROM pragma_index_list(?) AS i, pragma_index_xinfo(i.name) AS c WHERE c.key ORDER BY i.seq, c.seqno"""
+
+
+class Addition(NamedTuple):
+    sql: str
+    problem: str
+
+
+def missing(conn, path):
+    if is_unchanged(conn):
+        return ()
+    conn.execute("BEGIN")
+    try:
+        return () if is_complete(conn, path) else (Addition("x", "something missing"),)
+    finally:
+        conn.execute("COMMIT")
+
+
+def update(conn, path):
+    create(conn, path)
 
 
 class Table:
@@ -213,3 +233,6 @@ def _has_autoincrement(sql: str) -> bool:
     quoted = r"""--[^\n]*|/\*.*?(?:\*/|\Z)|'[^']*'|"[^"]*"|`[^`]*`|\[[^\]]*\]"""
     words = re.findall(r"[\w$\x80-\U0010ffff]+", re.sub(quoted, " ", sql, flags=re.DOTALL))
     return "AUTOINCREMENT" in map(str.upper, words)
+
+
+TABLES = tuple(expected()[1].tables)

@@ -1,7 +1,9 @@
-"""The two errors of opening. Both are `sqlite3.Error`, so `except sqlite3.Error` catches them too."""
+"""The two errors of opening, and what SQLite's errors mean in a person's words. Both are `sqlite3.Error`."""
 
+import os
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class OpenError(sqlite3.OperationalError):
@@ -33,3 +35,80 @@ class SchemaError(sqlite3.DatabaseError):
 
     def __str__(self) -> str:
         return "\n".join((f"the schema of {self.path} does not fit:", *self.problems))
+
+
+REPLACED = "removed or replaced since this DB was opened; put the file back, or open a new DB"
+
+
+@contextmanager
+def translated(path: str, timeout: float, read_only: bool) -> Iterator[None]:
+    """What SQLite raises in here becomes an `OpenError` that says what to do."""
+    try:
+        yield
+    except (OpenError, SchemaError, sqlite3.ProgrammingError, sqlite3.NotSupportedError):
+        raise
+    except sqlite3.Error as error:
+        translation = OpenError(path, _in_words(error, timeout, read_only))
+        if primary_code(error):
+            translation.sqlite_errorcode = error.sqlite_errorcode
+            translation.sqlite_errorname = error.sqlite_errorname
+        raise translation from error
+    except UnicodeDecodeError as error:  # SQLite's message quotes SQL that is in the file
+        raise OpenError(path, _damaged(error)) from error
+
+
+def _in_words(error: sqlite3.Error, timeout: float, read_only: bool) -> str:
+    code = primary_code(error)
+    if is_busy(error):
+        return f"locked for more than {timeout} s"
+    if code == sqlite3.SQLITE_NOTADB:
+        return "not a SQLite database"
+    if code == sqlite3.SQLITE_CORRUPT:
+        return _damaged(error)
+    if code == sqlite3.SQLITE_CANTOPEN and (lack := _lack_of_descriptors()):
+        return lack
+    if read_only and code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+        return _unreadable(error)
+    return str(error)
+
+
+def _unreadable(error: sqlite3.Error) -> str:
+    if error.sqlite_errorcode == sqlite3.SQLITE_READONLY_ROLLBACK:
+        return "a killed process left a rollback journal, to be played back first: open it once without read_only"
+    return (
+        "nobody has it open, so that SQLite needs to make a -shm beside it, and this user can't: "
+        "look at it as a user who can write there, or at a copy of the file and its -wal"
+    )
+
+
+def _damaged(error: Exception) -> str:
+    # A WAL belongs to one file: what is left of the old one's would be written over the backup.
+    return (
+        f"damaged ({error}): remove its -wal and -shm, then restore a backup; or see https://sqlite.org/recovery.html"
+    )
+
+
+def _lack_of_descriptors() -> str | None:
+    """The operating system's words for it, or None if there is no lack."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def primary_code(error: sqlite3.Error) -> int:
+    """The low byte of the extended result code (https://sqlite.org/rescode.html); 0 for Python's own errors."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def is_busy(error: sqlite3.Error) -> bool:
+    """Whether another connection's lock is what SQLite met (https://sqlite.org/rescode.html#busy)."""
+    return primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def locked() -> sqlite3.OperationalError:
+    """The error that SQLite raises when the busy timeout has passed."""
+    error = sqlite3.OperationalError("database is locked")
+    error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_BUSY, "SQLITE_BUSY"
+    return error

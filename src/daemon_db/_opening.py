@@ -1,0 +1,80 @@
+"""The steps of opening, in their order. Nothing is written before all that can be refused has been checked."""
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+
+from . import _connection, _schema
+from ._connection import Shared, ThreadConnection, thread
+from ._place import Memory, Place
+from .errors import SchemaError
+
+
+def open_first(place: Place, timeout: float, shared: Shared) -> ThreadConnection:
+    """Open the database: create it, or bring it up to date, where that is needed."""
+    place.examine()
+    _connection.refuse_inherited(place)
+    if isinstance(place, Memory) and place.is_shared:
+        shared.anchor(place)
+    own = thread.connections.open(place, timeout, shared)
+    with closed_if_refused(own, place):
+        own.identify(place)
+        missing = _schema.missing(own.conn, place.path)
+        _connection.enforce_foreign_keys(own.conn)
+        _connection.refuse_unenforced_foreign_keys(own.conn, place)
+        if place.read_only:
+            refuse_incomplete(missing, place)
+            _connection.forbid_writing(own.conn)
+        else:
+            _connection.use_wal(own.conn, place, timeout)
+            if missing:
+                _schema.update(own.conn, place.path)
+    return own
+
+
+def open_another(place: Place, timeout: float, shared: Shared) -> ThreadConnection:
+    """Open one more connection, for another thread, to what `open_first` opened and to nothing else."""
+    if isinstance(place, Memory) and not place.is_shared:
+        raise sqlite3.NotSupportedError(
+            f"SQLite {sqlite3.sqlite_version} has a {place.path} database for one thread only; 3.36 shares it"
+        )
+    try:
+        own = thread.connections.open(place, timeout, shared)
+    except sqlite3.OperationalError:
+        place.refuse_other()  # in better words, if that is the reason
+        raise
+    with closed_if_refused(own, place):
+        _connection.refuse_other_mode(own.conn, place)
+        place.refuse_other()  # only now is it certain which file, and which WAL, SQLite has opened
+        _connection.enforce_foreign_keys(own.conn)
+        if place.read_only:
+            _connection.forbid_writing(own.conn)
+    return own
+
+
+def refuse_incomplete(missing: tuple[_schema.Addition, ...], place: Place) -> None:
+    """Raise `SchemaError` for a file that would have to be brought up to date."""
+    if missing:
+        raise SchemaError(place.path, (addition.problem for addition in missing))
+
+
+@contextlib.contextmanager
+def closed_if_refused(own: ThreadConnection, place: Place) -> Iterator[None]:
+    """On any error close the connection, and leave the file, and a killed process's WAL beside it, as they were.
+
+    When the last connection to a file closes, SQLite checkpoints the WAL into it. So another is open meanwhile, which
+    can't write; what that one meets is the error that is on its way already.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.ExitStack() as stack:
+            try:
+                if place.wal_size():
+                    reader = stack.enter_context(contextlib.closing(sqlite3.connect(place.uri("ro"), uri=True)))
+                    reader.execute("SELECT 1 FROM sqlite_master").fetchone()
+            except (sqlite3.Error, UnicodeDecodeError):
+                pass  # the error that is on its way, or another that comes with it
+            finally:
+                thread.connections.close(own)
+        raise
