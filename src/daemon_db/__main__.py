@@ -74,7 +74,7 @@ def look(db: DB) -> dict[str, Any]:
         "wal_reset_bug": has_wal_reset_bug(sqlite3.sqlite_version_info),
         "journal_mode": db.conn.execute("PRAGMA journal_mode").fetchone()[0],
         "foreign_keys": db.conn.execute("PRAGMA foreign_keys").fetchone() == (1,),
-        "rows": {table: db.conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in _schema.TABLES},
+        "rows": {table: db.conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in _schema.tables()},
     }
 
 

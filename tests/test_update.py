@@ -1,0 +1,710 @@
+"""Older files brought up to date: what is added, what is refused before the first write, versions mixed, kills.
+
+An older version's file is made of `schema.sql` as it is, and the newer version's schema is the same text edited: in
+this process, or in others by a copy of the package.
+"""
+
+import random
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import daemon_db
+from daemon_db import DB, OpenError, SchemaError, _schema
+from daemon_db._schema import SQL
+from support import insert_run, rounds, run, start
+from test_conflicts import HARMLESS, RUNS_UNIQUE, create, files, insert_everywhere, refused, schema
+
+SCHEMAS = Path(__file__).with_name("schemas")
+TABLES = ("runs", "units", "events")
+Newer = Callable[[str], None]
+
+
+@pytest.fixture
+def newer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Newer]:
+    """What makes this process's version one with another `schema.sql`."""
+
+    def use(script: str) -> None:
+        monkeypatch.setattr(_schema, "SQL", script)
+        _schema.expected.cache_clear()
+        _schema._compare.cache_clear()
+
+    yield use
+    use(SQL)
+
+
+def with_column(text: str) -> str:
+    """`schema.sql` with a column more, in the middle of `events`."""
+    return schema(events=("unit_id TEXT,", f"unit_id TEXT, {text},"))
+
+
+def older_file(path: Path, script: str = SQL, journal_mode: str = "delete") -> Path:
+    """An older version's file, with rows in it."""
+    create(path, script, journal_mode)
+    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        conn.execute("PRAGMA synchronous=OFF")
+        insert_everywhere(conn, "old-1")
+        insert_everywhere(conn, "old-2")
+    return path
+
+
+def rows(conn: sqlite3.Connection) -> list[list[Any]]:
+    """The rows of all tables, in the columns of the schema as first released."""
+    with closing(sqlite3.connect(":memory:")) as first:
+        first.executescript((SCHEMAS / "0.1.0.sql").read_text())
+        names = {
+            table: ", ".join(name for _, name, *_ in first.execute(f"PRAGMA table_info({table})")) for table in TABLES
+        }
+    return [conn.execute(f"SELECT {names[table]} FROM {table} ORDER BY id").fetchall() for table in TABLES]
+
+
+def catalogue(path: Path) -> list[tuple[str, str]]:
+    with closing(sqlite3.connect(path)) as conn:
+        return conn.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall()
+
+
+# What is added
+
+
+COLUMNS = {
+    "nullable": ("level TEXT", None),
+    "no type": ("level", None),
+    "default": ("level INTEGER DEFAULT 3", 3),
+    "NOT NULL with a default": ("level TEXT NOT NULL DEFAULT 'low'", "low"),
+    "NOT NULL with a negative default": ("level INTEGER NOT NULL DEFAULT (-3)", -3),
+    "default of many signs": ("level TEXT DEFAULT 'a,  b) -- /* \"''' /* , ( */ -- the end, ( '\n", "a,  b) -- /* \"'"),
+    "blob for a default": ("level BLOB DEFAULT x'00ff'", b"\0\xff"),
+    "keyword for a name": ("\"order\" TEXT DEFAULT 'x'", "x"),
+    "name with a comma": ('"a, b(" TEXT', None),
+    "name in brackets": ("[a, ' b] TEXT", None),
+    "name in backquotes": ("`a) b` TEXT", None),
+    "name beyond ASCII": ("größe TEXT", None),
+    "upper case": ("LEVEL TEXT DEFAULT 'X'", "X"),
+    "type in parentheses": ("level VARCHAR (20, 3)", None),
+    "CHECK": ("level INTEGER DEFAULT 1 CHECK (level IN (1, 2))", 1),
+    "CHECK of two columns": ("level TEXT DEFAULT 'x' CHECK (level <> event_type)", "x"),
+    "COLLATE": ("level TEXT DEFAULT 'x' COLLATE NOCASE", "x"),
+    "REFERENCES": ("level TEXT REFERENCES units(id) ON DELETE SET NULL", None),
+    "REFERENCES its table": ("level INTEGER REFERENCES events(id) ON DELETE CASCADE", None),
+    "generated": ("level TEXT AS (event_type || sequence)", "step1"),
+}
+
+FILES = {
+    "the same text": SQL,
+    "other spaces": schema(),
+    "a comment at the end": schema(events=("UNIQUE(run_id, sequence)", "UNIQUE(run_id, sequence) -- the end\n")),
+    "a comment after the last column": schema(events=("CURRENT_TIMESTAMP,", "CURRENT_TIMESTAMP -- now\n,")),
+    "CHECK": schema(events=("event_type TEXT NOT NULL", "event_type TEXT NOT NULL CHECK (length(event_type) > 1)")),
+    **{name: HARMLESS[name] for name in ("names in brackets", "other views", "other triggers", "other indexes")},
+    **{name: HARMLESS[name] for name in ("other tables", "another encoding", "statistics")},
+}
+
+
+@pytest.mark.parametrize(("text", "value"), COLUMNS.values(), ids=COLUMNS)
+@pytest.mark.parametrize("script", FILES.values(), ids=FILES)
+def test_a_missing_column_is_added(tmp_path: Path, newer: Newer, script: str, text: str, value: object) -> None:
+    path = older_file(tmp_path / "daemon.db", script)
+    newer(with_column(text))
+    with closing(sqlite3.connect(path)) as conn:
+        before = rows(conn)
+        (addition,) = _schema.missing(conn, "a name")
+        assert addition.problem.startswith("events.") and addition.problem.endswith(": missing column")
+    with DB.open(path) as db:
+        assert rows(db.conn) == before
+        insert_everywhere(db.conn)
+        assert [row[-1] for row in db.conn.execute("SELECT * FROM events")] == [value] * 3
+        assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert _schema.missing(db.conn, "a name") == ()
+    before_opening_again = files(tmp_path)
+    DB.open(path).close()
+    assert files(tmp_path) == before_opening_again
+
+
+def test_all_that_a_column_declares_is_added(tmp_path: Path, newer: Newer) -> None:
+    """Also what the comparison doesn't see."""
+    path = older_file(tmp_path / "daemon.db")
+    unit = "unit TEXT REFERENCES units ON DELETE SET NULL"
+    newer(with_column(f"level TEXT COLLATE NOCASE CHECK (level <> 'x'), {unit}"))
+    with DB.open(path) as db:
+        db.conn.execute("UPDATE events SET level = 'LOW', unit = 'old-1/u' WHERE run_id = 'old-1'")
+        assert db.conn.execute("SELECT count(*) FROM events WHERE level = 'low'").fetchone() == (1,)
+        with pytest.raises(sqlite3.IntegrityError, match="CHECK"):
+            db.conn.execute("UPDATE events SET level = 'x'")
+        with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
+            db.conn.execute("UPDATE events SET unit = 'none'")
+        db.conn.execute("DELETE FROM units")
+        assert db.conn.execute("SELECT unit FROM events").fetchall() == [(None,), (None,)]
+
+
+def test_columns_tables_and_indexes_are_added_in_an_order_that_works(tmp_path: Path, newer: Newer) -> None:
+    path = older_file(tmp_path / "daemon.db", schema(idx_runs_status=""))
+    newer(
+        "CREATE TABLE IF NOT EXISTS hosts (name TEXT PRIMARY KEY, run_id TEXT REFERENCES runs);\n"
+        + schema(
+            runs=("error TEXT,", "error TEXT, host TEXT REFERENCES hosts(name), rank INTEGER NOT NULL DEFAULT 0,"),
+            events=("unit_id TEXT", "unit_id TEXT, level TEXT"),
+        )
+        + "CREATE INDEX IF NOT EXISTS idx_events_level ON events(level) WHERE level NOT NULL;\n"
+        "CREATE UNIQUE INDEX IF NOT EXISTS idx_runs_host ON runs(host, rank);\n"
+        "CREATE INDEX IF NOT EXISTS idx_hosts_run_id ON hosts(run_id);\n"
+    )
+    with closing(sqlite3.connect(path)) as conn:
+        before = rows(conn)
+        additions = _schema.missing(conn, "a name")
+    assert [addition.problem for addition in additions] == [
+        "hosts: missing table",
+        "runs.host: missing column",
+        "runs.rank: missing column",
+        "events.level: missing column",
+        "idx_runs_status: missing index",
+        "idx_events_level: missing index",
+        "idx_runs_host: missing index",
+        "idx_hosts_run_id: missing index",
+    ]
+    assert additions[1].sql == 'ALTER TABLE "runs" ADD COLUMN host TEXT REFERENCES hosts(name)'
+    with DB.open(path) as db:
+        assert rows(db.conn) == before
+        assert _schema.missing(db.conn, "a name") == ()
+        insert_everywhere(db.conn)
+
+
+def test_a_table_with_a_keyword_for_a_name(tmp_path: Path, newer: Newer) -> None:
+    table = 'CREATE TABLE IF NOT EXISTS "order" ("from" TEXT{}, UNIQUE ("from"));\n'
+    path = older_file(tmp_path / "daemon.db", SQL + table.format(""))
+    newer(SQL + table.format(', "to" TEXT DEFAULT 1') + 'CREATE INDEX IF NOT EXISTS "where" ON "order" ("to");')
+    with DB.open(path) as db:
+        db.conn.execute('INSERT INTO "order" ("from") VALUES (0)')
+        assert db.conn.execute('SELECT "from", "to" FROM "order" INDEXED BY "where"').fetchall() == [("0", "1")]
+
+
+# What can't be added
+
+
+STRANDED = {
+    "UNIQUE": (with_column("level TEXT UNIQUE"), "Cannot add a UNIQUE column"),
+    "PRIMARY KEY": (
+        with_column("level INTEGER PRIMARY KEY").replace("PRIMARY KEY AUTOINCREMENT", ""),
+        "Cannot add a PRIMARY KEY column",
+    ),
+    "NOT NULL": (with_column("level TEXT NOT NULL"), "Cannot add a NOT NULL column with default value NULL"),
+    "a default that isn't constant": (
+        with_column("level TEXT DEFAULT CURRENT_TIMESTAMP"),
+        "Cannot add a column with non-constant default",
+    ),
+    "an expression for a default": (
+        with_column("level TEXT DEFAULT (datetime('now'))"),
+        "Cannot add a column with non-constant default",
+    ),
+    "REFERENCES and a default": (
+        with_column("level TEXT DEFAULT 'x' REFERENCES units(id)"),
+        "Cannot add a REFERENCES column with non-NULL default value",
+    ),
+    "STORED": (with_column("level TEXT AS (event_type) STORED"), "cannot add a STORED column"),
+}
+if sqlite3.sqlite_version_info >= (3, 37):  # before, ALTER TABLE doesn't look at the rows for these
+    STRANDED |= {
+        "a default that CHECK refuses": (with_column("level TEXT DEFAULT 'x' CHECK (level <> 'x')"), "CHECK"),
+        "generated, NOT NULL": (with_column("level TEXT NOT NULL AS (event_type)"), "NOT NULL constraint failed"),
+    }
+
+
+@pytest.mark.parametrize("is_filled", [False, True], ids=["empty", "filled"])
+@pytest.mark.parametrize("journal_mode", ["delete", "wal"])
+@pytest.mark.parametrize(("script", "reason"), STRANDED.values(), ids=STRANDED)
+def test_a_column_that_can_not_be_added_is_refused_before_the_first_write(
+    tmp_path: Path, newer: Newer, script: str, reason: str, journal_mode: str, is_filled: bool
+) -> None:
+    path = (older_file if is_filled else create)(tmp_path / "daemon.db", SQL, journal_mode)
+    newer(script)
+    before = files(tmp_path)
+    problems = refused(path).problems
+    assert files(tmp_path) == before
+    (problem,) = (problem for problem in problems if problem.startswith("events.level"))
+    assert problem.startswith("events.level: missing column, and it can't be added: ")
+    assert reason in problem
+
+
+def test_what_else_can_not_be_added(tmp_path: Path, newer: Newer) -> None:
+    """A constraint of a table with a new column in it; a unique index that two rows with the default don't pass."""
+    path = older_file(tmp_path / "daemon.db")
+    newer(
+        schema(
+            runs=(RUNS_UNIQUE, f", host TEXT, shard TEXT{RUNS_UNIQUE}, UNIQUE(host, shard)"),
+            units=("UNIQUE(run_id", "parent TEXT, FOREIGN KEY(parent) REFERENCES units(id), UNIQUE(run_id"),
+            events=("unit_id TEXT", "unit_id TEXT, level TEXT UNIQUE, kind TEXT DEFAULT 'x'"),
+        )
+        + "CREATE UNIQUE INDEX IF NOT EXISTS idx_events_kind ON events(kind);"
+    )
+    before = files(tmp_path)
+    assert refused(path).problems == (
+        "events: no unique constraint (kind)",
+        "runs: no unique constraint (host, shard)",
+        "units: no foreign key parent -> units(id)",
+        "events.level: missing column, and it can't be added: Cannot add a UNIQUE column",
+        "idx_events_kind: missing index, and it can't be added: UNIQUE constraint failed: events.kind",
+    )
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("journal_mode", ["delete", "wal"])
+def test_rows_that_a_unique_index_refuses(tmp_path: Path, newer: Newer, journal_mode: str) -> None:
+    path = older_file(tmp_path / "daemon.db", SQL, journal_mode)
+    with closing(sqlite3.connect(path)) as conn:
+        before = rows(conn)
+    before_opening = catalogue(path)
+    newer(
+        schema(runs=("error TEXT", "error TEXT, host TEXT"))
+        + "CREATE UNIQUE INDEX IF NOT EXISTS idx_one_each ON runs(repo_path);"
+    )
+    for _ in range(2):
+        with pytest.raises(OpenError) as caught:
+            DB.open(path)
+        assert caught.value.reason == (
+            "idx_one_each: missing index, and with the rows there it can't be added: UNIQUE constraint failed: "
+            "runs.repo_path; the file's tables and rows were left as they were"
+        )
+        assert isinstance(caught.value.__cause__, sqlite3.IntegrityError)
+        with closing(sqlite3.connect(path)) as conn:
+            assert rows(conn) == before
+        assert catalogue(path) == before_opening
+        with closing(sqlite3.connect(path)) as conn:
+            conn.execute("UPDATE runs SET error = 'not locked'")
+
+
+@pytest.mark.skipif(sqlite3.sqlite_version_info < (3, 37), reason="ALTER TABLE doesn't look at CHECK constraints yet")
+def test_rows_that_a_check_refuses(tmp_path: Path, newer: Newer) -> None:
+    path = older_file(tmp_path / "daemon.db")
+    before = catalogue(path)
+    newer(with_column("level TEXT DEFAULT 'step' CHECK (level <> event_type)"))
+    with pytest.raises(OpenError, match="events.level: missing column, .* CHECK constraint failed; .* left as they"):
+        DB.open(path)
+    assert catalogue(path) == before
+
+
+# In the middle of it
+
+
+def test_another_process_is_quicker(tmp_path: Path, newer: Newer) -> None:
+    path = older_file(tmp_path / "daemon.db")
+    newer(with_column("level TEXT") + "CREATE INDEX IF NOT EXISTS idx_level ON events(level);")
+    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        assert len(_schema.missing(conn, "a name")) == 2
+        DB.open(path).close()
+        before = files(tmp_path)
+        _schema.update(conn, "a name")
+        assert not conn.in_transaction
+    assert files(tmp_path) == before
+
+
+def test_another_process_makes_it_unfit(tmp_path: Path, newer: Newer) -> None:
+    path = older_file(tmp_path / "daemon.db")
+    newer(with_column("level TEXT"))
+    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        assert len(_schema.missing(conn, "a name")) == 1
+        with closing(sqlite3.connect(path)) as other:
+            other.execute("ALTER TABLE events ADD kind TEXT")
+        with pytest.raises(SchemaError, match="events.kind: extra column, where another is missing"):
+            _schema.update(conn, "a name")
+        assert not conn.in_transaction
+
+
+def test_it_waits_for_a_writer_before_it_reads(tmp_path: Path) -> None:
+    """Else what it has read may be out of date when it begins to write, which SQLite refuses without waiting."""
+    path = older_file(tmp_path / "daemon.db", SQL, "wal")
+    with (
+        closing(sqlite3.connect(path, isolation_level=None)) as writer,
+        closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as conn,
+    ):
+        writer.execute("BEGIN IMMEDIATE")
+        with pytest.raises(sqlite3.OperationalError, match="^database is locked$"):
+            _schema.update(conn, "a name")
+        writer.execute("COMMIT")
+        _schema.update(conn, "a name")
+
+
+def test_errors_that_are_not_about_the_rows_pass_through(tmp_path: Path, newer: Newer) -> None:
+    path = older_file(tmp_path / "daemon.db")
+    newer(SQL + "CREATE INDEX IF NOT EXISTS idx_type ON events(event_type);")
+    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        conn.execute("PRAGMA max_page_count=1")  # of those that there are, no more
+        with pytest.raises(sqlite3.OperationalError, match="^database or disk is full$"):
+            _schema.update(conn, "a name")
+        assert not conn.in_transaction
+
+
+class Interrupted(sqlite3.Connection):
+    """Ctrl-C before or after its n-th statement."""
+
+    statements = 0
+    interrupt_at = 0
+    is_before = False
+
+    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        self.statements += 1
+        if self.is_before and self.statements == self.interrupt_at:
+            raise KeyboardInterrupt
+        cursor = super().execute(sql, *parameters)
+        if not self.is_before and self.statements == self.interrupt_at:
+            raise KeyboardInterrupt
+        return cursor
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_interrupted(tmp_path: Path, newer: Newer, is_before: bool) -> None:
+    """At any statement: the old schema or the new one, and no transaction left open."""
+    newer(with_column("level TEXT") + "CREATE INDEX IF NOT EXISTS idx_level ON events(level);")
+    interrupts = 0
+    while True:
+        path = older_file(tmp_path / f"{interrupts}.db")
+        old = catalogue(path)
+        with closing(sqlite3.connect(path, isolation_level=None, factory=Interrupted)) as conn:
+            conn.interrupt_at, conn.is_before = interrupts + 1, is_before
+            try:
+                _schema.update(conn, "a name")
+                break
+            except KeyboardInterrupt:
+                interrupts += 1
+            assert not conn.in_transaction
+        is_committed = not is_before and interrupts == 6
+        assert (catalogue(path) == old) is not is_committed
+    assert interrupts == 6  # BEGIN, SELECT, ALTER TABLE, CREATE INDEX, SELECT, COMMIT
+
+
+@pytest.mark.parametrize("text", ["level TEXT", "level TEXT NOT NULL DEFAULT 'x'", "level TEXT AS (event_type)"])
+def test_adding_a_column_is_no_pass_over_the_rows(newer: Newer, text: str) -> None:
+    newer(with_column(text))
+    steps = []
+    for events in (10, 10_000):
+        with closing(sqlite3.connect(":memory:", isolation_level=None)) as conn:
+            conn.executescript(SQL)
+            insert_run(conn)
+            numbers = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {events})"
+            conn.execute(f"{numbers} INSERT INTO events (run_id, sequence, event_type) SELECT 'run-1', i, '' FROM n")
+            count = [0]
+            conn.set_progress_handler(lambda count=count: count.__setitem__(0, count[0] + 1), 1)  # type: ignore[misc]
+            _schema.update(conn, "a name")
+            steps += count
+    assert steps[1] < steps[0] * 1.1
+
+
+UPDATE_LIMITED = """
+import os, resource, sys
+sys.path.insert(0, sys.argv[1])
+from daemon_db import DB, OpenError
+
+DB.open(":memory:").close()
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), hard))
+try:
+    DB.open(sys.argv[2])
+except OpenError as error:
+    print(error.reason)
+"""
+
+
+@pytest.mark.parametrize("limit", [33_000, 50_000, 100_000, 200_000])
+def test_a_file_size_limit(tmp_path: Path, limit: int) -> None:
+    """In the middle of an update, in the WAL; the file itself is smaller."""
+    path = older_file(tmp_path / "daemon.db", SQL, "wal")
+    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        insert_run(conn)
+        conn.executescript(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000)"
+            "INSERT INTO events (run_id, sequence, event_type) SELECT 'run-1', i, 'x' FROM n;"
+        )
+        before = rows(conn)
+    old = catalogue(path)
+    new = version(
+        tmp_path / "new",
+        with_column("level TEXT") + "CREATE INDEX IF NOT EXISTS idx_level ON events(event_type, level, sequence);",
+    )
+    assert run(UPDATE_LIMITED, new, path, limit) == "disk I/O error\n"
+    assert catalogue(path) == old
+    with closing(sqlite3.connect(path)) as conn:
+        assert rows(conn) == before
+    DB.open(path).close()
+
+
+# Versions mixed
+
+
+def version(directory: Path, script: str) -> Path:
+    """A version of the package with another `schema.sql`: where to find it."""
+    shutil.copytree(Path(daemon_db.__file__).parent, directory / "daemon_db")
+    (directory / "daemon_db" / "schema.sql").write_text(script)
+    return directory
+
+
+NEW = with_column("level TEXT NOT NULL DEFAULT 'low' CHECK (level <> '')") + (
+    "CREATE TABLE IF NOT EXISTS hosts (name TEXT PRIMARY KEY);\n"
+    "CREATE INDEX IF NOT EXISTS idx_level ON events(level);\n"
+)
+
+
+def test_an_older_version_goes_on_with_a_newer_file(tmp_path: Path, newer: Newer) -> None:
+    path = older_file(tmp_path / "daemon.db")
+    newer(NEW)
+    DB.open(path).close()
+    updated = catalogue(path)
+    newer(SQL)
+    with DB.open(path) as db:
+        insert_everywhere(db.conn)
+        db.conn.execute("DELETE FROM runs WHERE id = 'old-1'")
+        assert db.conn.execute("SELECT level FROM events").fetchall() == [("low",), ("low",)]
+    assert catalogue(path) == updated
+
+
+OPEN_AND_INSERT = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import daemon_db
+assert sys.argv[1] in daemon_db.__file__
+daemon_db.DB.open(":memory:").close()
+print("ready", flush=True)
+sys.stdin.readline()
+for path in sys.argv[2:]:
+    with daemon_db.DB.open(path, timeout=60) as db:
+        with db.transaction() as conn:
+            conn.execute(
+                "INSERT INTO runs (id, feature_branch, repo_path, target_branch, tasks_dir, parallelism, status)"
+                " VALUES (:id, :id, '/repo', 'main', 'tasks', 4, 'new')", {"id": os.getpid()}
+            )
+print("done")
+"""
+
+
+@pytest.mark.parametrize("count", [3, 8, 32])
+def test_versions_open_an_old_file_at_once(tmp_path: Path, count: int) -> None:
+    versions = [version(tmp_path / "old", SQL), version(tmp_path / "new", NEW)]
+    paths = [tmp_path / f"{number}.db" for number in range(rounds(4, 3000 // count + 1))]
+    for number, path in enumerate(paths):
+        older_file(path, schema() if number % 4 < 2 else SQL, "wal" if number % 2 else "delete")
+    processes = [start(OPEN_AND_INSERT, versions[number % 2], *paths) for number in range(count)]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        for process in processes:
+            assert process.communicate(timeout=600) == ("done\n", "")
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate(timeout=60)
+    for path in paths:
+        with closing(sqlite3.connect(path)) as conn:
+            assert conn.execute("SELECT count(*) FROM runs").fetchone() == (count + 2,)
+            assert conn.execute("SELECT level FROM events").fetchall() == [("low",), ("low",)]
+            assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+UPDATE_IN_A_LOOP = """
+import itertools, os, shutil, sys
+sys.path.insert(0, sys.argv[1])
+from daemon_db import DB
+
+DB.open(":memory:").close()
+for number in itertools.count():
+    path = f"{sys.argv[2]}/{number}.db"
+    shutil.copyfile(sys.argv[3], path)
+    os.write(1, b"begin %d\\n" % number)
+    DB.open(path).close()
+    os.write(1, b"done %d\\n" % number)
+"""
+
+
+@pytest.mark.parametrize("journal_mode", ["delete", "wal"])
+def test_killed_while_updating(tmp_path: Path, newer: Newer, journal_mode: str) -> None:
+    """The old schema or the new one; the next open works, and has all rows."""
+    new = version(tmp_path / "new", NEW)
+    template = older_file(tmp_path / "template", SQL, journal_mode)
+    with closing(sqlite3.connect(template)) as conn:
+        before = rows(conn)
+    old = catalogue(template)
+    newer(NEW)
+    shutil.copyfile(template, tmp_path / "updated")
+    DB.open(tmp_path / "updated").close()
+    chance = random.Random(journal_mode)
+    halfway = 0
+    for kill in range(rounds(8, 75)):
+        directory = tmp_path / str(kill)
+        directory.mkdir()
+        with start(UPDATE_IN_A_LOOP, new, directory, template, stderr=None) as process:
+            lines = [process.stdout.readline()]
+            time.sleep(chance.uniform(0, 0.03))  # any moment will do
+            process.kill()
+            lines += process.stdout
+        assert process.returncode == -9
+        began, done = ({line.split()[1] for line in lines if line.startswith(word)} for word in ("begin", "done"))
+        for number in began:
+            path = directory / f"{number}.db"
+            if number not in done and list(directory.glob(f"{number}.db-*")):
+                halfway += 1
+                assert catalogue(copy(path, directory)) in (old, catalogue(tmp_path / "updated"))
+            with DB.open(path) as db:
+                assert rows(db.conn) == before
+                assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            assert catalogue(path) == catalogue(tmp_path / "updated")
+    assert halfway > 0
+
+
+def copy(path: Path, directory: Path) -> Path:
+    for suffix in ("", "-wal", "-journal"):
+        if Path(f"{path}{suffix}").exists():
+            shutil.copyfile(f"{path}{suffix}", directory / f"copy{suffix}")
+    return directory / "copy"
+
+
+# SQL of a stranger's
+
+
+RUNS = SQL[SQL.index("CREATE TABLE") : SQL.index(";")].replace("IF NOT EXISTS ", "")
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+HUGE = "hex(zeroblob(900000000))"
+
+HOSTILE = {
+    "VACUUM INTO": "VACUUM INTO 'out.db'",
+    "ATTACH": "ATTACH 'out.db' AS out",
+    "a second statement": f"{RUNS}; ATTACH 'out.db' AS out",
+    "a second statement after a zero byte": f"{RUNS}\0; ATTACH 'out.db' AS out",
+    "CREATE TABLE AS": "CREATE TABLE runs AS SELECT writefile('out.db', 'x')",
+    "CREATE TABLE AS without an end": f"CREATE TABLE runs AS {ENDLESS}",
+    "a view without an end": f"CREATE VIEW runs AS {ENDLESS}",
+    "a temporary table": "CREATE TEMP TABLE runs (id)",
+    "a virtual table": "CREATE VIRTUAL TABLE runs USING fts5(id)",
+    "a virtual table of a file": "CREATE VIRTUAL TABLE runs USING csv(filename='/etc/passwd')",
+    "a trigger": "CREATE TRIGGER runs AFTER INSERT ON units BEGIN SELECT load_extension('out'); END",
+    "INSERT": "INSERT INTO sqlite_master VALUES ('table', 'x', 'x', 2, 'CREATE TABLE x (y)')",
+    "PRAGMA": "PRAGMA journal_mode=OFF",
+    "a function that loads code": RUNS.replace("error           TEXT", "error TEXT DEFAULT (load_extension('out'))"),
+    "a CHECK that loads code": RUNS.replace("error           TEXT", "error TEXT CHECK (load_extension('out'))"),
+    "a generated column that loads code": RUNS[:-1] + ", code AS (load_extension('out')))",
+    "huge default": RUNS.replace("error           TEXT", f"error TEXT, more TEXT DEFAULT ({HUGE})"),
+    "huge CHECK": RUNS.replace("error           TEXT", f"error TEXT CHECK (error <> {HUGE})"),
+    "huge generated column": RUNS.replace("error           TEXT", f"error TEXT, more TEXT AS ({HUGE}) STORED"),
+    "default without an end": RUNS.replace("error           TEXT", f"error TEXT DEFAULT (({ENDLESS}))"),
+    "CHECK without an end": RUNS.replace("error           TEXT", f"error TEXT CHECK (({ENDLESS}))"),
+    "generated column without an end": RUNS.replace("error           TEXT", f"error TEXT, more AS (({ENDLESS}))"),
+    "brackets not closed": RUNS[:-1] + "[" * 200_000,
+    "brackets not closed, in a comment": RUNS + "/*" + "['\"`/*--" * 25_000,
+    "quotes not closed": RUNS[:-1] + "'" * 199_999,
+    "a string of quotes": RUNS.replace("error           TEXT", "error TEXT DEFAULT '" + "''" * 100_000 + "'"),
+    "deep parentheses": RUNS[:-1] + ", CHECK (" + "(" * 100_000 + "1" + ")" * 100_000 + "))",
+    "deep parentheses that SQLite takes": RUNS[:-1] + ", CHECK (" + "(" * 80 + "1" + ")" * 80 + "))",
+    "many columns": RUNS[: RUNS.index("UNIQUE")] + ", ".join(f"c{number}" for number in range(1900)) + ")",
+    "many unique columns": RUNS[: RUNS.index("UNIQUE")] + ", ".join(f"c{n} UNIQUE" for n in range(1000)) + ")",
+    "nothing": "",
+    "a comment": "-- nothing",
+}
+
+
+HOSTILE_INDEXES = {
+    "index of something huge": f"CREATE INDEX stranger ON runs({HUGE})",
+    "index where something huge": f"CREATE INDEX stranger ON runs(id) WHERE {HUGE} > id",
+    "index without an end": f"CREATE INDEX stranger ON runs(id) WHERE ({ENDLESS})",
+    "index that loads code": "CREATE INDEX stranger ON runs(load_extension('out'))",
+    "index and a second statement": "CREATE INDEX stranger ON runs(id); ATTACH 'out.db' AS out",
+}
+
+NEITHER_TABLE_NOR_INDEX = [
+    "VACUUM INTO 'out.db'",
+    "ATTACH 'out.db' AS out",
+    "INSERT INTO runs (id) VALUES ('x')",
+    "UPDATE runs SET id = 'x'",
+    "DELETE FROM runs",
+    "DROP TABLE runs",
+    "DROP INDEX idx_runs_status",
+    "ALTER TABLE runs RENAME TO stranger",
+    "CREATE VIEW stranger AS SELECT 1",
+    "CREATE TRIGGER stranger AFTER INSERT ON runs BEGIN SELECT 1; END",
+    "CREATE TEMP TABLE stranger (id)",
+    "CREATE TABLE stranger AS SELECT 1",
+    "CREATE VIRTUAL TABLE stranger USING fts5(id)",
+    "SELECT load_extension('out')",
+    "PRAGMA writable_schema=ON",
+    "ANALYZE",
+    "BEGIN",
+    "SAVEPOINT stranger",
+]
+
+
+@pytest.mark.parametrize("sql", NEITHER_TABLE_NOR_INDEX)
+def test_only_tables_and_indexes_are_created(sql: str) -> None:
+    with closing(sqlite3.connect(":memory:")) as conn:
+        conn.executescript(f"{SQL} CREATE INDEX stranger ON runs(error); PRAGMA writable_schema=ON;")
+        conn.execute("UPDATE sqlite_master SET sql = ? WHERE name = 'stranger'", (sql,))
+        with pytest.raises(SchemaError) as caught:
+            _schema.missing(conn, "a name")
+        assert caught.value.problems in (("stranger: not authorized",), ("stranger: authorization denied",))
+
+
+INCOMPLETE = {
+    "complete": SQL,
+    "without an index": schema(idx_runs_status=""),
+    "without a table": schema(units="", idx_units_run_id="", idx_units_status=""),
+    "without a column": schema(events=("payload_json TEXT,", "")),
+}
+
+
+@pytest.mark.parametrize("script", INCOMPLETE.values(), ids=INCOMPLETE)
+@pytest.mark.parametrize(
+    ("name", "sql"),
+    [*(("runs", sql) for sql in HOSTILE.values()), *(("stranger", sql) for sql in HOSTILE_INDEXES.values())],
+    ids=[*HOSTILE, *HOSTILE_INDEXES],
+)
+def test_hostile_sql_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, name: str, sql: str
+) -> None:
+    """Nothing of it runs, whatever comes of it, and it takes no time."""
+    monkeypatch.chdir(tmp_path)
+    path = create(tmp_path / "daemon.db", script + "CREATE INDEX stranger ON runs(error);")
+    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        conn.execute("PRAGMA writable_schema=ON")
+        conn.execute("UPDATE sqlite_master SET sql = ? WHERE name = ?", (sql, name))
+    before = files(tmp_path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        conn.execute("PRAGMA writable_schema=ON")  # or SQLite doesn't go on after the first text that it can't read
+        began = time.perf_counter()
+        try:
+            _schema.missing(conn, "a name")
+        except SchemaError as error:
+            assert error.problems
+        assert time.perf_counter() - began < 1
+    assert files(tmp_path) == before
+    try:
+        DB.open(path).close()
+    except (OpenError, SchemaError):
+        assert files(tmp_path) == before
+    assert files(tmp_path).keys() == {"daemon.db"}
+
+
+# The habit
+
+
+@pytest.mark.parametrize("released", sorted(SCHEMAS.glob("*.sql")), ids=lambda path: path.stem)
+def test_a_file_of_a_released_version_is_brought_up_to_date(tmp_path: Path, released: Path) -> None:
+    """Red: `schema.sql` was changed in a way that strands this version's files. See "Changing the schema" in the README
+    for what can be added, and for how to go about the rest.
+    """
+    path = older_file(tmp_path / "daemon.db", released.read_text())
+    with closing(sqlite3.connect(path)) as conn:
+        before = rows(conn)
+    try:
+        db = DB.open(path)
+    except SchemaError as error:
+        pytest.fail(f"{released.name}: {error}\n{test_a_file_of_a_released_version_is_brought_up_to_date.__doc__}")
+    with db:
+        assert rows(db.conn) == before
+        assert _schema.missing(db.conn, "a name") == ()
+        insert_everywhere(db.conn)
+
+
+def test_the_first_released_schema_is_kept() -> None:
+    assert (SCHEMAS / "0.1.0.sql").exists()
