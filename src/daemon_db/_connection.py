@@ -184,8 +184,10 @@ class ThreadConnection:
             if steps is not None and not steps.gi_running:
                 steps.close()  # a transaction in a generator that will not go on
             # While a cursor has rows to fetch, SQLite keeps a closed connection, and with it the lock of a transaction.
-            with contextlib.suppress(sqlite3.Error):  # closed by hand; or what remains is to close
+            if self.transaction is not None or self.conn.in_transaction:
                 self.end_transaction()
+        except sqlite3.Error:
+            pass  # closed by hand; or ROLLBACK failed, and what remains is to close
         finally:
             self.conn.close()
             _held.pop(self, None)

@@ -2,8 +2,7 @@
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 
 class OpenError(sqlite3.OperationalError):
@@ -40,21 +39,15 @@ class SchemaError(sqlite3.DatabaseError):
 REPLACED = "removed or replaced since this DB was opened; put the file back, or open a new DB"
 
 
-@contextmanager
-def translated(path: str, timeout: float, read_only: bool) -> Iterator[None]:
-    """What SQLite raises in here becomes an `OpenError` that says what to do."""
-    try:
-        yield
-    except (OpenError, SchemaError, sqlite3.ProgrammingError, sqlite3.NotSupportedError):
-        raise
-    except sqlite3.Error as error:
-        translation = OpenError(path, _in_words(error, timeout, read_only))
-        if primary_code(error):
-            translation.sqlite_errorcode = error.sqlite_errorcode
-            translation.sqlite_errorname = error.sqlite_errorname
-        raise translation from error
-    except UnicodeDecodeError as error:  # SQLite's message quotes SQL that is in the file
-        raise OpenError(path, _damaged(error)) from error
+def translated(error: sqlite3.Error | UnicodeDecodeError, path: str, timeout: float, read_only: bool) -> OpenError:
+    """What SQLite said of the file that was to be opened, in words that say what to do."""
+    if isinstance(error, UnicodeDecodeError):  # in SQLite's message, which quotes SQL that is in the file
+        return OpenError(path, _damaged(error))
+    translation = OpenError(path, _in_words(error, timeout, read_only))
+    if primary_code(error):
+        translation.sqlite_errorcode = error.sqlite_errorcode
+        translation.sqlite_errorname = error.sqlite_errorname
+    return translation
 
 
 def _in_words(error: sqlite3.Error, timeout: float, read_only: bool) -> str:
