@@ -7,7 +7,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 from . import DB, OpenError, SchemaError, __version__, _schema
 
@@ -31,10 +31,13 @@ def main() -> int:
     parser.add_argument("--version", action="version", version=f"daemon_db {__version__}")
     arguments = parser.parse_args()
     try:
-        with DB.open(arguments.path, read_only=arguments.check) as db:
+        with (
+            Progress(arguments.path) as progress,
+            DB.open(arguments.path, read_only=arguments.check, on_connect=progress.follow) as db,
+        ):
             found = look(db)
             if arguments.check:
-                found["problems"] = list(check(db))
+                found["problems"] = list(check(db.conn))
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -98,26 +101,17 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
     return (3, 7, 0) <= version < (3, 51, 3)
 
 
-def check(db: DB) -> Iterator[str]:
+def check(conn: sqlite3.Connection) -> Iterator[str]:
     """What `PRAGMA integrity_check` and `PRAGMA foreign_key_check` find wrong, nothing if nothing."""
-    progress = Progress(db.path)
-    db.conn.set_progress_handler(progress.show, 100_000)
-    try:
-        for (found,) in db.conn.execute("PRAGMA integrity_check"):
-            if found != "ok":
-                yield found
-        for table, rowid, parent, _ in db.conn.execute("PRAGMA foreign_key_check"):
-            yield f"{table} row {rowid} refers to a row of {parent} that isn't there"
-    finally:
-        progress.clear()
+    for (found,) in conn.execute("PRAGMA integrity_check"):
+        if found != "ok":
+            yield found
+    for table, rowid, parent, _ in conn.execute("PRAGMA foreign_key_check"):
+        yield f"{table} row {rowid} refers to a row of {parent} that isn't there"
 
 
 class Progress:
-    """A line on standard error, where that is a terminal, for what takes longer than a second.
-
-    SQLite calls `show` every so many of its instructions. This also lets Ctrl-C interrupt it: Python's signal handlers
-    run only in between Python's own.
-    """
+    """A line on standard error, where that is a terminal, for what takes longer than a second."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -125,14 +119,21 @@ class Progress:
         self._shown = 0
         self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
 
-    def show(self) -> int:
+    def follow(self, conn: sqlite3.Connection) -> None:
+        """Be called by SQLite while it works. This lets Ctrl-C in, too: Python handles signals in Python code only."""
+        conn.set_progress_handler(self._show, 100_000)
+
+    def _show(self) -> int:
         seconds = int(time.monotonic() - self._start)
         if self._is_terminal and seconds > self._shown:
             self._shown = seconds
-            print(f"\r\x1b[Kchecking {self._path}: {seconds} s", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[Kreading {self._path}: {seconds} s", end="", file=sys.stderr, flush=True)
         return 0  # go on
 
-    def clear(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 

@@ -200,7 +200,7 @@ class ThreadConnections(dict[Shared, ThreadConnection]):
         super().__init__()
         self._opened: set[ThreadConnection] = set()
         """All, from when they are opened until they are closed: those, too, that aren't ready to be given out."""
-        self._process, self._thread = os.getpid(), threading.get_ident()
+        self._process = os.getpid()
 
     def open(self, place: Place, timeout: float, shared: Shared) -> ThreadConnection:
         self.close_unused()
@@ -231,13 +231,10 @@ class ThreadConnections(dict[Shared, ThreadConnection]):
 
     # Defaults, because when the interpreter exits this module's globals go first.
     def __del__(
-        self,
-        is_finalizing: Callable[[], bool] = sys.is_finalizing,
-        getpid: Callable[[], int] = os.getpid,
-        get_ident: Callable[[], int] = threading.get_ident,
+        self, is_finalizing: Callable[[], bool] = sys.is_finalizing, getpid: Callable[[], int] = os.getpid
     ) -> None:
         # Another thread drops them in a forked child, and at exit under a daemon thread: both leave them open.
-        if not is_finalizing() and (self._process, self._thread) == (getpid(), get_ident()):
+        if not is_finalizing() and self._process == getpid():
             self.close_all()
 
 
