@@ -23,14 +23,13 @@ import os
 import platform
 import sqlite3
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +38,15 @@ from daemon_db import DB
 
 SCHEMA = Path(daemon_db.__file__).with_name("schema.sql").read_text(encoding="utf-8")
 CHART = Path(__file__).with_name("append-latency.svg")
+OLDER_SCHEMA = SCHEMA.replace("    payload_json    TEXT,\n", "")
+assert OLDER_SCHEMA != SCHEMA
+
 THREADS = 8
+READERS = 4
+READING = 0.050
+"""Seconds that each of them takes, again and again."""
+ENOUGH_WAL = 2e9
+"""Bytes: more would only fill the disk."""
 
 INSERT_RUN = """
     INSERT INTO runs (id, feature_branch, repo_path, target_branch, tasks_dir, parallelism, status)
@@ -192,16 +199,38 @@ progress = Progress()
 
 
 def open_current(folder: str, seconds: float) -> Iterator[Row]:
+    """By itself, and beside a running daemon: then the WAL is there already, and stays."""
     path = f"{folder}/current.db"
     DB.open(path).close()
+    yield compare_opens("open + close of a current database", seconds, path)
+    with DB.open(path) as daemon:
+        daemon.conn.execute(INSERT_RUN, a_run("run-1"))
+        assert os.path.getsize(f"{path}-wal")
+        yield compare_opens("... beside a running daemon", seconds, path)
 
+
+def open_other_versions(folder: str, seconds: float) -> Iterator[Row]:
+    """Files whose schema isn't word for word `schema.sql`, which this process has seen before."""
+    newer = f"{folder}/newer.db"
+    DB.open(newer).close()
+    with closing(plain_connect(newer)) as conn:
+        conn.execute("ALTER TABLE runs ADD COLUMN extra TEXT")
+    yield compare_opens("... with a newer version's column", seconds, newer)
+    older = f"{folder}/older.db"
+    with closing(plain_connect(older)) as conn:
+        conn.executescript(OLDER_SCHEMA)
+    DB.open(older).close()
+    yield compare_opens("... that was brought up to date", seconds, older)
+
+
+def compare_opens(what: str, seconds: float, path: str) -> Row:
     def plain() -> None:
         plain_open(path).close()
 
     def ours() -> None:
         DB.open(path).close()
 
-    yield compare("open + close of a current database", seconds, plain, ours, at_most=1.10)
+    return compare(what, seconds, plain, ours, at_most=1.15)
 
 
 def open_fresh(folder: str, seconds: float) -> Iterator[Row]:
@@ -217,7 +246,7 @@ def open_fresh(folder: str, seconds: float) -> Iterator[Row]:
         DB.open(path).close()
         return lambda: os.remove(path)
 
-    yield compare("open + close of a fresh file", seconds, plain, ours, at_most=0.70)
+    yield compare("open + close of a fresh file", seconds, plain, ours, at_most=0.75)
 
 
 def new_thread(folder: str, seconds: float) -> Iterator[Row]:
@@ -269,7 +298,7 @@ def transaction(folder: str, seconds: float) -> Iterator[Row]:
             with db.transaction() as conn:
                 conn.execute(INSERT_EVENT, ("run-1", next(numbers), PAYLOAD))
 
-        yield compare("transaction() around an insert, no fsync", seconds, plain, ours, at_most=1.20)
+        yield compare("transaction() around an insert, no fsync", seconds, plain, ours, at_most=1.25)
 
 
 def select_1(folder: str, seconds: float) -> Iterator[Row]:
@@ -294,72 +323,94 @@ def eight_threads(folder: str, seconds: float, rounds: int, latencies: tuple[lis
     for number in range(rounds):
         for side, appending in sides:
             progress.write(f"{progress.step}/{progress.steps}  {THREADS} threads: round {number + 1} of {rounds}")
-            rate, lasted = appending(f"{folder}/threads-{number}-{side}.db", seconds)
-            rates[side].append(rate)
-            slowest[side].append(max(lasted))
-            latencies[side].extend(lasted)
+            appended = appending(f"{folder}/threads-{number}-{side}.db", seconds)
+            rates[side].append(appended.rate)
+            slowest[side].append(max(appended.latencies))
+            latencies[side].extend(appended.latencies)
         sides.reverse()
-    yield Row(f"{THREADS} threads: appends a second", *rates, unit="/s", at_least=1.00)
-    yield Row(f"{THREADS} threads: slowest append", *slowest, at_most=0.25)
+    yield Row(f"{THREADS} threads: appends a second", *rates, unit="/s", at_least=0.80)
+    yield Row(f"{THREADS} threads: slowest append", *slowest, at_most=0.10)
 
 
-def plain_threads(path: str, seconds: float) -> tuple[float, list[float]]:
+def overlapping_readers(folder: str, seconds: float) -> Iterator[Row]:
+    """The same beside threads that read, always at least one of them: SQLite by itself never begins its WAL anew."""
+    what = f"{THREADS} threads and {READERS} readers"
+    plain = plain_threads(f"{folder}/readers-plain.db", seconds, READERS)
+    os.remove(f"{folder}/readers-plain.db")
+    ours = our_threads(f"{folder}/readers.db", seconds, READERS)
+    yield Row(f"{what}: greatest WAL", [plain.greatest_wal], [ours.greatest_wal], "B", below=64e6)
+    yield Row(f"{what}: appends a second", [plain.rate], [ours.rate], "/s")
+    yield Row(f"{what}: slowest append", [max(plain.latencies)], [max(ours.latencies)])
+
+
+@dataclass
+class Appended:
+    """What threads have done together."""
+
+    rate: float  # appends a second
+    latencies: list[float]  # of each append
+    greatest_wal: int  # bytes
+
+
+def plain_threads(path: str, seconds: float, readers: int = 0) -> Appended:
     """By hand, with care: a connection for each thread, BEGIN IMMEDIATE, and sqlite3's busy timeout of 5 seconds."""
 
-    @contextmanager
-    def appender() -> Iterator[Action]:
-        with closing(plain_connect(path)) as conn:
-
-            def append() -> None:
-                while True:
-                    try:
-                        with plain_transaction(conn):
-                            append_event(conn)
-                        return
-                    except sqlite3.OperationalError as error:
-                        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
-                            raise  # else again: "database is locked", this append has lasted the timeout and goes on
-
-            yield append
+    def append(conn: sqlite3.Connection) -> None:
+        while True:
+            try:
+                with plain_transaction(conn):
+                    append_event(conn)
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise  # else again: "database is locked", this append has lasted the timeout and goes on
 
     with closing(plain_open(path)) as conn:
         conn.execute(INSERT_RUN, a_run("run-1"))
-        return append_together(path, seconds, appender)
+        return append_together(path, seconds, readers, lambda: closing(plain_connect(path)), append)
 
 
-def our_threads(path: str, seconds: float) -> tuple[float, list[float]]:
+def our_threads(path: str, seconds: float, readers: int = 0) -> Appended:
+    def append(_: sqlite3.Connection) -> None:
+        with db.transaction() as conn:
+            append_event(conn)
+
     with DB.open(path) as db:
         db.conn.execute(INSERT_RUN, a_run("run-1"))
-
-        @contextmanager
-        def appender() -> Iterator[Action]:
-            def append() -> None:
-                with db.transaction() as conn:
-                    append_event(conn)
-
-            _ = db.conn
-            yield append
-
-        return append_together(path, seconds, appender)
+        return append_together(path, seconds, readers, lambda: nullcontext(db.conn), append)
 
 
 def append_together(
-    path: str, seconds: float, appender: Callable[[], AbstractContextManager[Action]]
-) -> tuple[float, list[float]]:
-    """How many events threads append in a second, and how long each append lasts."""
+    path: str,
+    seconds: float,
+    readers: int,
+    connect: Callable[[], AbstractContextManager[sqlite3.Connection]],
+    append: Callable[[sqlite3.Connection], None],
+) -> Appended:
+    """Let threads append events for so many seconds, or until the WAL is as big as a benchmark may make it."""
     latencies: list[float] = []
     stop = threading.Event()
 
     def work() -> None:
-        with appender() as append:
+        with connect() as conn:
             while not stop.is_set():
-                latencies.append(clock(append))
+                latencies.append(clock(functools.partial(append, conn)))
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    def read(number: int) -> None:
+        with connect() as conn:
+            stop.wait(READING * number / readers)  # so that they begin, and end, one after another
+            while not stop.is_set():
+                conn.execute("BEGIN")
+                conn.execute("SELECT count(*) FROM runs").fetchone()
+                stop.wait(READING)
+                conn.execute("COMMIT")
+
+    with ThreadPoolExecutor(THREADS + readers) as pool:
         try:
             start = time.perf_counter()
-            threads = [pool.submit(work) for _ in range(THREADS)]
-            time.sleep(seconds)
+            threads = [pool.submit(read, number) for number in range(readers)]
+            threads += [pool.submit(work) for _ in range(THREADS)]
+            greatest_wal = watch_wal(f"{path}-wal", seconds)
             rate = len(latencies) / (time.perf_counter() - start)
         finally:
             stop.set()
@@ -367,30 +418,18 @@ def append_together(
             thread.result()
     with closing(plain_connect(path)) as conn:
         assert conn.execute("SELECT count(*), max(sequence) FROM events").fetchone() == (len(latencies),) * 2
-    return rate, latencies
+    return Appended(rate, latencies, greatest_wal)
 
 
-def import_statement(_: str, seconds: float) -> Iterator[Row]:
-    """In a new process each time, without what may be installed beside Python and without the garbage collector.
-
-    What .pth files import at the start is missing from what `import sqlite3` takes. And where on the way the collector
-    has its next long run depends on what was imported before: it may be in one of the two and not in the other.
-    """
-    source = str(Path(daemon_db.__file__).parents[1])
-    code = """if True:
-        import gc, os, sys, time
-        gc.disable()
-        sys.path.insert(0, sys.argv[1])
-        start = time.perf_counter()
-        import {}
-        print(time.perf_counter() - start)"""
-
-    def measure(module: str) -> float:
-        command = [sys.executable, "-I", "-S", "-c", code.format(module), source]
-        # In a session of its own, because Ctrl-C is for this process, which then ends that one.
-        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, start_new_session=True).stdout)
-
-    yield compare("import daemon_db / import sqlite3", seconds, "sqlite3", "daemon_db", measure, at_most=1.15)
+def watch_wal(wal: str, seconds: float) -> int:
+    """The greatest size that it has, within so many seconds."""
+    greatest = 0
+    start = time.monotonic()
+    while (spent := time.monotonic() - start) < seconds and greatest < ENOUGH_WAL:
+        greatest = max(greatest, os.path.getsize(wal))
+        progress.show(f"{THREADS} threads: the WAL has {greatest / 1e6:.0f} MB", spent / seconds)
+        time.sleep(0.02)
+    return greatest
 
 
 def with_fsync(folder: str, seconds: float) -> Iterator[Row]:
@@ -642,12 +681,13 @@ def measure_all(folder: str, quick: bool) -> tuple[list[Row], tuple[list[float],
     latencies: tuple[list[float], list[float]] = [], []
     steps = [
         functools.partial(open_current, folder, seconds),
+        functools.partial(open_other_versions, folder, seconds),
         functools.partial(open_fresh, folder, seconds),
         functools.partial(new_thread, folder, seconds),
         functools.partial(transaction, folder, seconds),
         functools.partial(select_1, folder, seconds),
         functools.partial(eight_threads, folder, min(seconds, 6), rounds, latencies),
-        functools.partial(import_statement, folder, max(seconds, 6)),
+        functools.partial(overlapping_readers, folder, 6 if quick else 60),
         functools.partial(with_fsync, folder, seconds),
         functools.partial(runs_by_status, folder, seconds),
         functools.partial(file_size, folder, seconds),
