@@ -1,0 +1,9 @@
+"""What pytest says before it begins: which SQLite is tested, and whether threads run at the same time."""
+
+import sqlite3
+import sys
+
+
+def pytest_report_header() -> str:
+    is_enabled = getattr(sys, "_is_gil_enabled", lambda: True)  # from 3.13 on; before, there was no other way
+    return f"SQLite {sqlite3.sqlite_version}, GIL {'on' if is_enabled() else 'off'}"
