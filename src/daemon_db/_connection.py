@@ -303,8 +303,11 @@ def forbid_writing(conn: sqlite3.Connection) -> None:
 WAL_LIMIT = 16 * 2**20
 """Bytes that the WAL may have before a commit checkpoints all of it. SQLite's own checkpoints are at 4 MB."""
 
-_PATIENCE = 100
-"""Milliseconds that this checkpoint waits for readers. No thread of this `DB` can write meanwhile."""
+_PATIENCE = 0.2
+"""Seconds that this checkpoint waits for readers. No thread of this `DB` can write meanwhile.
+
+It waits for those of the WAL, and then for those that have begun meanwhile: for each, half of this time.
+"""
 
 
 def truncate_wal(conn: sqlite3.Connection) -> bool:
@@ -312,17 +315,23 @@ def truncate_wal(conn: sqlite3.Connection) -> bool:
 
     SQLite begins the WAL anew only where no reader needs any of it. Readers that overlap keep it from that for ever, so
     here new ones read the file itself, and the old ones are waited for (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files).
+    Not by SQLite's busy handler: it may wait for one of the WAL's five read locks which new readers go on to share,
+    each of them up to date. A new checkpoint sees that they are, and doesn't wait for them.
     """
     cursor = conn.cursor()
     cursor.row_factory = None  # the caller's may make anything of a row
     (timeout,) = cursor.execute("PRAGMA busy_timeout").fetchone()
-    cursor.execute(f"PRAGMA busy_timeout={_PATIENCE}")
+    cursor.execute("PRAGMA busy_timeout=0")
+    deadline = time.monotonic() + _PATIENCE
     try:
-        (busy, _, _) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        while True:
+            (busy, _, _) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if not busy or time.monotonic() >= deadline:
+                return not busy
+            time.sleep(0.002)
     except sqlite3.OperationalError as error:
         if not is_busy(error):
             raise
         return False  # the reader is this very connection: a SELECT of the thread's own, half read
     finally:
         cursor.execute(f"PRAGMA busy_timeout={timeout}")
-    return not busy
