@@ -84,11 +84,15 @@ class File:
     def _examine_to_write(self) -> None:
         if not _allowed(self.path, os.R_OK | os.W_OK):
             raise OpenError(self.path, "permission denied: the file is not readable and writable by this user")
-        for name in (f"{self.real_path}-wal", f"{self.real_path}-shm"):
-            if not _allowed(name, os.R_OK | os.W_OK):
-                if os.access(name, os.F_OK):  # SQLite opens it all the same, and fails at the first write
-                    raise OpenError(self.path, f"permission denied: {name} is not readable and writable by this user")
-                self._refuse_unwritable_directory()
+        for name in self._beside("-wal", "-shm", "-journal"):
+            if _forbidden(name, os.R_OK | os.W_OK):  # SQLite opens a WAL all the same, and fails at the first write
+                raise OpenError(self.path, f"permission denied: {name} is not readable and writable by this user")
+        if len(self._beside("-wal", "-shm")) < 2:
+            self._refuse_unwritable_directory()
+
+    def _beside(self, *suffixes: str) -> list[str]:
+        """Those of SQLite's files that there are."""
+        return [name for suffix in suffixes if os.access(name := self.real_path + suffix, os.F_OK)]
 
     def _refuse_unwritable_directory(self) -> None:
         directory = os.path.dirname(self.real_path)
@@ -98,10 +102,13 @@ class File:
     def _examine_to_read(self) -> None:
         if not _allowed(self.path, os.R_OK):
             raise OpenError(self.path, "permission denied: the file is not readable by this user")
+        for name in self._beside("-wal", "-shm"):
+            if _forbidden(name, os.R_OK):
+                raise OpenError(self.path, f"permission denied: {name} is not readable by this user")
         # A connection that can't write leaves behind the -wal and the -shm that it needs. One that can and doesn't
         # removes them, so it is better where there is no journal that it would play back or checkpoint.
         writable = _allowed(self.path, os.W_OK) and _allowed(os.path.dirname(self.real_path), os.W_OK | os.X_OK)
-        if writable and not any(os.path.exists(self.real_path + suffix) for suffix in ("-wal", "-journal")):
+        if writable and not self._beside("-wal", "-journal"):
             self._mode = "rw"
 
     def uri(self, mode: str = "") -> str:
@@ -194,3 +201,8 @@ def _allowed(path: str, mode: int) -> bool:
     # Asked, not tried: closing any descriptor of the file drops all locks of this process on it
     # (https://sqlite.org/howtocorrupt.html, 2.2).
     return os.access(path, mode, effective_ids=_EFFECTIVE_IDS)
+
+
+def _forbidden(path: str, mode: int) -> bool:
+    """Whether it is there, and not allowed. Other processes may make and remove it in between."""
+    return not _allowed(path, mode) and os.access(path, os.F_OK) and not _allowed(path, mode)
