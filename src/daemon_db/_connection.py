@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import GeneratorType
 from typing import Any
 
@@ -127,6 +127,7 @@ class ThreadConnection:
 
     def __init__(self, place: Place, timeout: float, shared: Shared) -> None:
         self.shared = shared
+        self._place = place
         self.transaction: weakref.ref[GeneratorType[Any, Any, Any]] | None = None
         """What runs a transaction on it, until that is committed or rolled back."""
         self._references = 0
@@ -189,8 +190,24 @@ class ThreadConnection:
         except sqlite3.Error:
             pass  # closed by hand; or ROLLBACK failed, and what remains is to close
         finally:
-            self.conn.close()
+            with wal_kept(self._place) if self._place.read_only else contextlib.nullcontext():
+                self.conn.close()
             _held.pop(self, None)
+
+
+@contextlib.contextmanager
+def wal_kept(place: Place) -> Iterator[None]:
+    """Leave the file, and the WAL beside it, as they are while a connection closes in here.
+
+    When the last connection to a file closes, SQLite checkpoints the WAL into it. So another is open meanwhile, which
+    can't write. Where there can't be another, the first one had no use of the WAL.
+    """
+    with contextlib.ExitStack() as stack:
+        if place.wal_size():
+            with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
+                reader = stack.enter_context(contextlib.closing(sqlite3.connect(place.uri("ro"), uri=True)))
+                reader.execute("SELECT 1 FROM sqlite_master").fetchone()
+        yield
 
 
 class ThreadConnections(dict[Shared, ThreadConnection]):

@@ -60,21 +60,10 @@ def refuse_incomplete(missing: tuple[_schema.Addition, ...], place: Place) -> No
 
 @contextlib.contextmanager
 def closed_if_refused(own: ThreadConnection, place: Place) -> Iterator[None]:
-    """On any error close the connection, and leave the file, and a killed process's WAL beside it, as they were.
-
-    When the last connection to a file closes, SQLite checkpoints the WAL into it. So another is open meanwhile, which
-    can't write; what that one meets is the error that is on its way already.
-    """
+    """On any error close the connection, and leave the file, and a killed process's WAL beside it, as they were."""
     try:
         yield
     except BaseException:
-        with contextlib.ExitStack() as stack:
-            try:
-                if place.wal_size():
-                    reader = stack.enter_context(contextlib.closing(sqlite3.connect(place.uri("ro"), uri=True)))
-                    reader.execute("SELECT 1 FROM sqlite_master").fetchone()
-            except (sqlite3.Error, UnicodeDecodeError):
-                pass  # the error that is on its way, or another that comes with it
-            finally:
-                thread.connections.close(own)
+        with _connection.wal_kept(place):  # whatever that one meets is on its way already
+            thread.connections.close(own)
         raise
