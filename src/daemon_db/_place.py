@@ -44,6 +44,12 @@ class File:
             self._examine_file(status)
         if len(os.fsencode(self.real_path)) > _LONGEST_PATH:
             raise OpenError(self.path, f"a path of more than {_LONGEST_PATH} bytes is too long for SQLite")
+        try:
+            os.lstat(f"{self.real_path}-journal")
+        except FileNotFoundError:
+            pass
+        except OSError as too_long:
+            raise OpenError(self.path, f"{too_long.strerror}, with the -journal that SQLite adds") from too_long
 
     def _examine_absence(self, error: OSError) -> None:
         parent = os.path.dirname(self.path)
@@ -53,6 +59,8 @@ class File:
             raise OpenError(self.path, f"parent directory {parent} does not exist") from error
         except OSError as obstacle:
             raise OpenError(self.path, f"parent directory {parent}: {obstacle.strerror}") from error
+        if isinstance(error, PermissionError) and not self.read_only:
+            self._refuse_unwritable_directory()
         if not isinstance(error, FileNotFoundError):  # links in a circle, a name that is too long
             raise OpenError(self.path, str(error.strerror)) from error
         if self.read_only:
@@ -60,12 +68,6 @@ class File:
         directory = os.path.dirname(self.real_path)
         if not os.path.isdir(directory):
             raise OpenError(self.path, f"it is a link into {directory}, which does not exist") from error
-        try:
-            os.lstat(f"{self.real_path}-journal")
-        except FileNotFoundError:
-            pass
-        except OSError as too_long:
-            raise OpenError(self.path, f"{too_long.strerror}, with the -journal that SQLite adds") from too_long
         self._refuse_unwritable_directory()
         self._mode = "rwc"
 
