@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from . import _connection, _schema
 from ._connection import Shared, ThreadConnection, thread
 from ._place import Memory, Place
-from .errors import SchemaError
+from .errors import SchemaError, translated
 
 
 def open_first(place: Place, timeout: float, shared: Shared) -> ThreadConnection:
@@ -17,7 +17,7 @@ def open_first(place: Place, timeout: float, shared: Shared) -> ThreadConnection
     if isinstance(place, Memory) and place.is_shared:
         shared.anchor(place)
     own = thread.connections.open(place, timeout, shared)
-    with closed_if_refused(own, place):
+    with closed_if_refused(own, place, timeout):
         own.identify(place)
         missing = _schema.missing(own.conn, place.path)
         _connection.enforce_foreign_keys(own.conn)
@@ -43,7 +43,7 @@ def open_another(place: Place, timeout: float, shared: Shared) -> ThreadConnecti
     except sqlite3.OperationalError:
         place.refuse_other()  # in better words, if that is the reason
         raise
-    with closed_if_refused(own, place):
+    with closed_if_refused(own, place, timeout):
         _connection.refuse_other_mode(own.conn, place)
         place.refuse_other()  # only now is it certain which file, and which WAL, SQLite has opened
         _connection.enforce_foreign_keys(own.conn)
@@ -59,11 +59,15 @@ def refuse_incomplete(missing: tuple[_schema.Addition, ...], place: Place) -> No
 
 
 @contextlib.contextmanager
-def closed_if_refused(own: ThreadConnection, place: Place) -> Iterator[None]:
+def closed_if_refused(own: ThreadConnection, place: Place, timeout: float) -> Iterator[None]:
     """On any error close the connection, and leave the file, and a killed process's WAL beside it, as they were."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        # Before it is closed: that frees descriptors, and a lack of them may be what SQLite means.
+        words = translated(error, place.path, timeout, place.read_only)
         with _connection.wal_kept(place):  # whatever that one meets is on its way already
             thread.connections.close(own)
+        if words:
+            raise words from error
         raise

@@ -13,7 +13,7 @@ from typing import Any, Never, Self
 from . import _connection, _opening, _place
 from ._connection import Shared, ThreadConnection, thread
 from ._place import Place
-from .errors import OpenError, SchemaError, locked, translated
+from .errors import locked, translated
 
 _LONGEST_TIMEOUT = 2_147_483  # SQLite counts milliseconds in 32 bits: more would turn negative, and that means no wait
 
@@ -165,10 +165,10 @@ class DB:
         """Make what `open_connection` returns the calling thread's connection."""
         try:
             own = open_connection(self._place, self._timeout, self._shared)
-        except (OpenError, SchemaError, sqlite3.ProgrammingError, sqlite3.NotSupportedError):
-            raise
         except (sqlite3.Error, UnicodeDecodeError) as error:
-            raise translated(error, self.path, self._timeout, self._place.read_only) from error
+            if words := translated(error, self.path, self._timeout, self._place.read_only):
+                raise words from error
+            raise
         try:
             if self._on_connect is not None:
                 self._on_connect(own.conn)

@@ -39,10 +39,14 @@ class SchemaError(sqlite3.DatabaseError):
 REPLACED = "removed or replaced since this DB was opened; put the file back, or open a new DB"
 
 
-def translated(error: sqlite3.Error | UnicodeDecodeError, path: str, timeout: float, read_only: bool) -> OpenError:
-    """What SQLite said of the file that was to be opened, in words that say what to do."""
+def translated(error: BaseException, path: str, timeout: float, read_only: bool) -> OpenError | None:
+    """What SQLite said of the file that was to be opened, in words that say what to do. None for any other error."""
     if isinstance(error, UnicodeDecodeError):  # in SQLite's message, which quotes SQL that is in the file
         return OpenError(path, _damaged(error))
+    if isinstance(error, (OpenError, SchemaError, sqlite3.ProgrammingError, sqlite3.NotSupportedError)):
+        return None
+    if not isinstance(error, sqlite3.Error):
+        return None
     translation = OpenError(path, _in_words(error, timeout, read_only))
     if primary_code(error):
         translation.sqlite_errorcode = error.sqlite_errorcode
