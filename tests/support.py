@@ -1,21 +1,29 @@
-"""What several test modules need: a run to hang things on, Python in child processes, and how long to go on.
+"""What several test modules need: a run to hang things on, files, Python in child processes, and how long to go on.
 
 `DAEMON_DB_LONG=1` in the environment makes the tests of races, crashes, threads and damage run at the numbers of the
 README's table, which takes minutes. Without it the same tests run for a moment each.
 """
 
+import fcntl
 import multiprocessing
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import daemon_db
+from daemon_db import DB, _schema
 
-# So that child processes find what the tests find, in whatever directory they are.
+# So that child processes find what the tests find, in whatever directory they are, and fail by `assert`; and so that
+# they buffer their output, as a program does by itself.
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+for _variable in ("PYTHONOPTIMIZE", "PYTHONUNBUFFERED"):
+    ENVIRONMENT.pop(_variable, None)
 
 LONG = os.environ.get("DAEMON_DB_LONG") == "1"
 
@@ -23,6 +31,10 @@ LONG = os.environ.get("DAEMON_DB_LONG") == "1"
 def rounds(short: int, long: int) -> int:
     """How often to repeat: `long` with `DAEMON_DB_LONG=1`."""
     return long if LONG else short
+
+
+LIMIT = rounds(60, 600)
+"""Seconds, for what must come to its end however slow the machine is: far more than it takes."""
 
 
 def insert_run(conn: sqlite3.Connection, run_id: str = "run-1") -> None:
@@ -55,33 +67,90 @@ INSERT INTO events (run_id, sequence, event_type) SELECT runs.id, i, 'step' FROM
 
 def fill_with_sqlite3(path: Path) -> None:
     """Have the `sqlite3` program make a database: 300 runs, each with 10 units and 20 events, rollback-journal mode."""
-    schema = Path(daemon_db.__file__).with_name("schema.sql").read_text()
-    subprocess.run(["sqlite3", path], input=schema + FILL, text=True, check=True)
+    schema = Path(daemon_db.__file__).with_name("schema.sql").read_text(encoding="utf-8")
+    subprocess.run(["sqlite3", path], input=schema + FILL, text=True, check=True, timeout=LIMIT)
+
+
+def make_rollback(path: Path, runs: int = 1, script: str = _schema.SQL) -> None:
+    """A database in rollback-journal mode, SQLite's default, with `runs` runs."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        conn.executescript(script)
+        for number in range(1, runs + 1):
+            insert_run(conn, f"run-{number}")
+
+
+def make_wal(path: Path, runs: int = 1) -> None:
+    """As `DB` leaves one that it closed in good order: in WAL mode, with nothing beside it."""
+    with DB.open(path) as db:
+        for number in range(1, runs + 1):
+            insert_run(db.conn, f"run-{number}")
+
+
+def make_killed(path: Path, runs: int = 1, mode: str = "wal") -> None:
+    """What a process leaves that is killed while it changes the runs: a WAL that has them, too, or a hot journal."""
+    source = path.with_name(f"{path.name}-source")
+    with closing(sqlite3.connect(source, isolation_level=None)) as conn:
+        conn.execute(f"PRAGMA journal_mode={mode}")
+        make_rollback(source, runs)
+        conn.executescript("PRAGMA cache_size=1; BEGIN; UPDATE runs SET config_json = hex(zeroblob(10000))")
+        copy(source, path)
+    source.unlink()
+
+
+def make_hot(path: Path) -> None:
+    """What a process leaves that is killed in rollback-journal mode: a journal that is to be played back."""
+    make_killed(path, mode="delete")
+
+
+def make_nothing(path: Path) -> None:
+    """A path where nothing is."""
+
+
+def copy(source: Path, path: Path) -> Path:
+    """Copy a database, and what is beside it; the path of the copy."""
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            shutil.copyfile(f"{source}{suffix}", f"{path}{suffix}")
+    return path
+
+
+def files_in(directory: Path) -> dict[str, bytes | None]:
+    """Each name under `directory`, with the bytes of those that are files."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in sorted(directory.rglob("*"))
+    }
 
 
 def start(code: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
     """Start Python on `code`: `arguments` in `sys.argv[1:]`, pipes for its three streams, warnings as errors."""
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
-    defaults = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, env=ENVIRONMENT, **(defaults | options))
+    defaults = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT}
+    return subprocess.Popen(command, encoding="utf-8", errors="surrogateescape", **(defaults | options))
 
 
 def run(code: str, *arguments: object, **options: object) -> str:
     """Run Python on `code` to its end, which must be exit status 0 and nothing on standard error; what it printed."""
     process = start(code, *arguments, **options)
+    output, errors = end(process)
+    if (process.returncode, errors) != (0, ""):
+        raise AssertionError(f"exit status {process.returncode}\n{errors}\n{output}")
+    return output
+
+
+def end(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Close its standard input and wait for its end; what it wrote to standard output and standard error."""
     try:
-        output, errors = process.communicate(timeout=60)
+        return process.communicate(timeout=LIMIT)
     finally:
         process.kill()
-        process.wait()
-    assert (process.returncode, errors) == (0, ""), f"exit status {process.returncode}\n{errors}\n{output}"
-    return output
+        process.wait(LIMIT)
 
 
 def together(count: int, function: Callable[..., object], *arguments: object) -> list[object]:
     """Call `function(barrier, number, *arguments)` in `count` new processes; what each returned, or its exception.
 
-    `barrier.wait()` in there lets all of them go on at the same moment.
+    `barrier.wait(LIMIT)` in there lets all of them go on at the same moment.
     """
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(count)
@@ -95,12 +164,13 @@ def together(count: int, function: Callable[..., object], *arguments: object) ->
     returned = []
     for process, receiver in started:
         try:
-            returned.append(receiver.recv())
+            returned.append(receiver.recv() if receiver.poll(3 * LIMIT) else "still running")
         except EOFError:
-            process.join()
+            process.join(LIMIT)
             returned.append(f"ended with exit status {process.exitcode}")
         receiver.close()
-        process.join()
+        process.kill()
+        process.join(LIMIT)
     return returned
 
 
@@ -111,12 +181,59 @@ def _call(sender, function, *arguments):  # type: ignore[no-untyped-def]
         sender.send(error)
 
 
+DESCRIPTORS = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+
+
 def open_files() -> list[str]:
     """The files that this process has open."""
     names = []
-    for descriptor in Path("/proc/self/fd").iterdir():
+    for name in os.listdir(DESCRIPTORS):
         try:
-            names.append(str(descriptor.readlink()))
-        except FileNotFoundError:
-            pass  # the one that iterdir() itself had open
+            names.append(_name_of(int(name)))
+        except OSError:
+            pass  # the one that listdir() itself had open
     return sorted(names)
+
+
+def _name_of(descriptor: int) -> str:
+    if sys.platform == "darwin":
+        return os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+    return os.readlink(f"{DESCRIPTORS}/{descriptor}")
+
+
+# As another user
+
+
+@contextmanager
+def public_directory() -> Iterator[Path]:
+    """A directory that every user can get to, which pytest's are not. Closed ones in it are opened again at the end."""
+    base = Path(tempfile.gettempdir()).resolve()
+    if not all(parent.stat().st_mode & 1 for parent in (base, *base.parents)):
+        base = Path("/tmp")
+    path = Path(tempfile.mkdtemp(dir=base))
+    path.chmod(0o755)
+    yield path
+    for inner in path.iterdir():
+        inner.chmod(0o755)
+    shutil.rmtree(path)
+
+
+UNPRIVILEGED = """
+import os, signal, sqlite3, sys
+import daemon_db
+
+daemon_db.DB.open(":memory:").close()  # imports what opening imports: for the other user, those files may be unreadable
+signal.alarm(50)  # the end of an open that waits forever
+if os.geteuid() == 0:  # to whom nothing is forbidden
+    os.setgroups([])
+    os.setgid(65534)
+    getattr(os, sys.argv[1])(65534)
+"""
+
+CHANGES = ["setuid", "seteuid"] if os.geteuid() == 0 else ["as it is"]
+"""How root becomes a user to whom something is forbidden."""
+
+
+def run_unprivileged(code: str, *arguments: object, change: str = "setuid") -> str:
+    """Run Python on `code` as a user with no rights but everybody's, or else as the one who runs the tests."""
+    return run(UNPRIVILEGED + code, change, *arguments)

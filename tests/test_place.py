@@ -1,0 +1,619 @@
+"""What is refused before SQLite is asked: each `OpenError` with its words, and wrong arguments. And what is not: names.
+
+Files that are databases but don't fit are in `test_schema` and `test_conflicts`, damaged ones in `test_damage`, locked
+ones in `test_processes`.
+"""
+
+import errno
+import inspect
+import math
+import os
+import socket
+import sqlite3
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+import daemon_db
+from daemon_db import DB, OpenError, _connection, _place
+from support import (
+    CHANGES,
+    ENVIRONMENT,
+    LIMIT,
+    files_in,
+    insert_run,
+    make_hot,
+    make_killed,
+    make_nothing,
+    make_rollback,
+    make_wal,
+    open_files,
+    public_directory,
+    run,
+    run_unprivileged,
+)
+
+
+def count_in_a_thread(db: DB) -> int:
+    """How many runs a new connection sees."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(lambda: db.conn.execute("SELECT count(*) FROM runs").fetchone()[0])
+        return int(future.result(LIMIT))
+
+
+def works(path: Path | str) -> None:
+    """That it can be opened, written, and read by a second connection."""
+    with DB.open(path) as db:
+        before = count_in_a_thread(db)
+        insert_run(db.conn, f"run-{os.urandom(8).hex()}")
+        assert count_in_a_thread(db) == before + 1
+        assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("path", "error", "message"),
+        [
+            ("", ValueError, "^path must be a file name, not ''$"),
+            ("a\0b", ValueError, r"^path must be a file name, not 'a\\x00b'$"),
+            ("\ud800", ValueError, r"can't encode character '\\ud800'"),  # a str that no file name decodes to
+            (b"db", TypeError, "^path must be str or os.PathLike.str., not bytes$"),
+            (7, TypeError, "^expected str, bytes or os.PathLike object, not int$"),
+            (None, TypeError, "^expected str, bytes or os.PathLike object, not NoneType$"),
+        ],
+    )
+    def test_not_a_path(
+        self, path: object, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        for read_only in (False, True):
+            with pytest.raises(error, match=message):
+                DB.open(path, read_only=read_only)  # type: ignore[arg-type]
+        assert files_in(tmp_path) == {}
+
+    @pytest.mark.parametrize("timeout", [-1, -0.001, math.nan, math.inf, -math.inf, 2_147_484])
+    def test_not_a_timeout(self, timeout: float, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=f"^timeout must be from 0 to 2147483 seconds, not {timeout}$"):
+            DB.open(tmp_path / "db", timeout=timeout)
+        assert files_in(tmp_path) == {}
+
+    @pytest.mark.parametrize("timeout", ["5", None])
+    def test_not_a_number(self, timeout: object, tmp_path: Path) -> None:
+        with pytest.raises(TypeError):
+            DB.open(tmp_path / "db", timeout=timeout)  # type: ignore[arg-type]
+        assert files_in(tmp_path) == {}
+
+    @pytest.mark.parametrize("timeout", [0, True, 1.5, Fraction(3, 2), Decimal("1.5"), 2_147_483])
+    def test_any_number_is_a_timeout(self, timeout: float, tmp_path: Path) -> None:
+        with DB.open(tmp_path / "db", timeout=timeout) as db:
+            with db.transaction() as conn:
+                insert_run(conn)
+            assert db.conn.execute("PRAGMA busy_timeout").fetchone() == (int(timeout * 1000),)
+
+    def test_the_timeout_that_is_documented(self, tmp_path: Path) -> None:
+        assert inspect.signature(DB.open).parameters["timeout"].default == 5.0
+        with DB.open(tmp_path / "db") as db:
+            assert db.conn.execute("PRAGMA busy_timeout").fetchone() == (5000,)
+
+
+def make_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+def make_byte(path: Path) -> None:
+    path.write_bytes(b"\n")
+
+
+def make_empty(path: Path) -> None:
+    path.touch()
+
+
+def make_file_for_parent(path: Path) -> None:
+    path.parent.write_text("a file")
+
+
+def make_link_for_parent(path: Path) -> None:
+    path.parent.symlink_to(path.parent)
+
+
+def make_circle(path: Path) -> None:
+    path.symlink_to(path.with_name("other"))
+    path.with_name("other").symlink_to(path)
+
+
+def make_link_to_nowhere(path: Path) -> None:
+    path.symlink_to("no/db")
+
+
+NOT_REGULAR = "not a regular file"
+TOO_LONG = os.strerror(errno.ENAMETOOLONG)
+PARENT_TOO_LONG = f"parent directory {{parent}}: {TOO_LONG}"
+LOOP = os.strerror(errno.ELOOP)
+NOT_A_DIRECTORY = os.strerror(errno.ENOTDIR)
+
+
+def refused(path: Path | str, reason: str, cause: type[Exception] | None = None, **options: bool) -> None:
+    """That it is refused for this, before SQLite was asked, and nothing was created, changed or left open."""
+    directory = Path(path).parent
+    before, open_before = files_in(directory), open_files()
+    with pytest.raises(OpenError) as caught:
+        DB.open(path, **options)
+    assert str(caught.value) == f"cannot open {path}: {reason}"
+    assert (caught.value.path, caught.value.reason) == (str(path), reason)
+    assert not hasattr(caught.value, "sqlite_errorcode")
+    assert type(caught.value.__cause__) is (cause or type(None))
+    assert files_in(directory) == before
+    assert open_files() == open_before
+
+
+class TestNotToBeOpened:
+    @pytest.mark.parametrize("read_only", [False, True])
+    @pytest.mark.parametrize(
+        ("make", "name", "reason", "cause"),
+        [
+            (make_directory, "db", "it is a directory", None),
+            (make_nothing, "no/db", "parent directory {parent} does not exist", FileNotFoundError),
+            (make_nothing, "no/no/db", "parent directory {parent} does not exist", FileNotFoundError),
+            (make_file_for_parent, "file/db", f"parent directory {{parent}}: {NOT_A_DIRECTORY}", NotADirectoryError),
+            (make_link_for_parent, "link/db", f"parent directory {{parent}}: {LOOP}", OSError),
+            (make_circle, "db", LOOP, OSError),
+            pytest.param(make_nothing, "x" * 300, TOO_LONG, OSError, id="long name"),
+            pytest.param(
+                make_nothing, "x/" * 3000 + "x", f"parent directory {{parent}}: {TOO_LONG}", OSError, id="long"
+            ),
+            (os.mkfifo, "db", NOT_REGULAR, None),
+            (make_socket, "db", NOT_REGULAR, None),
+            (make_byte, "db", "not a SQLite database", None),  # SQLite takes it for an empty one, and overwrites it
+        ],
+    )
+    def test_refused_and_left_alone(
+        self,
+        make: Callable[[Path], object],
+        name: str,
+        reason: str,
+        cause: type[Exception] | None,
+        read_only: bool,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)  # a socket's path must be short
+        make(Path(name))
+        before = files_in(tmp_path)
+        path = tmp_path / name
+        if name.startswith("x/"):
+            with pytest.raises(OpenError) as caught:  # too long to look for what is there
+                DB.open(path, read_only=read_only)
+            assert caught.value.reason == reason.format(parent=path.parent)
+        else:
+            refused(path, reason.format(parent=path.parent), cause, read_only=read_only)
+        assert files_in(tmp_path) == before
+
+    @pytest.mark.parametrize("text", ["no database\n", "no database\n" * 10_000, "SQLite format 4\0" * 1000])
+    def test_a_text_file_is_refused_untouched(self, text: str, tmp_path: Path) -> None:
+        """Here it is SQLite that says no."""
+        path = tmp_path / "text"
+        path.write_text(text, encoding="ascii")
+        open_before = open_files()
+        with pytest.raises(OpenError) as caught:
+            DB.open(path)
+        assert files_in(tmp_path) == {"text": text.encode()}
+        assert open_files() == open_before
+        assert str(caught.value) == f"cannot open {path}: not a SQLite database"
+        assert isinstance(caught.value.__cause__, sqlite3.DatabaseError)
+        assert caught.value.sqlite_errorname == caught.value.__cause__.sqlite_errorname == "SQLITE_NOTADB"
+        assert caught.value.sqlite_errorcode == caught.value.__cause__.sqlite_errorcode == sqlite3.SQLITE_NOTADB
+
+    def test_a_device(self) -> None:
+        with pytest.raises(OpenError, match="^cannot open /dev/null: not a regular file$") as caught:
+            DB.open("/dev/null")
+        assert caught.value.__cause__ is None  # SQLite would go on
+
+    def test_a_working_directory_that_is_gone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "gone").mkdir()
+        monkeypatch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        with pytest.raises(OpenError, match="^cannot open db: the working directory: No such file or directory$"):
+            DB.open("db")
+        works(tmp_path / "db")
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("no/../db", "parent directory {path}/no/.. does not exist"),
+            ("file/../db", f"parent directory {{path}}/file/..: {NOT_A_DIRECTORY}"),
+            ("new/", "parent directory {path}/new does not exist"),
+            ("new/.", "parent directory {path}/new does not exist"),
+            ("file/", f"parent directory {{path}}/file: {NOT_A_DIRECTORY}"),
+            ("directory/", "it is a directory"),
+            ("link", "it is a link into {path}/no, which does not exist"),
+            ("link/db", "parent directory {path}/link does not exist"),
+        ],
+    )
+    def test_a_path_that_leads_nowhere_creates_nothing_elsewhere(self, name: str, reason: str, tmp_path: Path) -> None:
+        """SQLite simplifies a path before it opens it: by its text, where the operating system says no."""
+        (tmp_path / "file").touch()
+        (tmp_path / "directory").mkdir()
+        make_link_to_nowhere(tmp_path / "link")
+        before = files_in(tmp_path)
+        with pytest.raises(OpenError) as caught:
+            DB.open(f"{tmp_path}/{name}")
+        assert caught.value.reason == reason.format(path=tmp_path)
+        assert files_in(tmp_path) == before
+
+    @pytest.mark.parametrize("make", [make_nothing, make_empty, make_rollback])
+    def test_a_name_has_room_for_the_journals(
+        self, make: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """SQLite makes the file, and then can't make the other."""
+        monkeypatch.chdir(tmp_path)
+        longest = os.pathconf(tmp_path, "PC_NAME_MAX")
+        for length in range(longest - 8, longest + 1):
+            make(Path("db"))
+            path = tmp_path / ("x" * length)
+            if Path("db").exists():
+                Path("db").rename(path)
+            if length + len("-journal") <= longest:
+                works(path)
+            else:
+                refused(path, f"{TOO_LONG}, with the -journal that SQLite adds", OSError)
+
+    @pytest.mark.parametrize("make", [make_nothing, make_rollback])
+    def test_a_path_has_the_length_that_sqlite_has_room_for(
+        self, make: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        directory = tmp_path
+        while len(os.fsencode(directory)) < 300:
+            directory /= "d" * 99
+        directory.mkdir(parents=True)
+        longest = 504 - len(os.fsencode(directory)) - len("/")
+        for length in range(longest - 1, longest + 3):
+            path = directory / ("x" * length)
+            make(Path("db"))
+            if Path("db").exists():
+                Path("db").rename(path)
+            if length <= longest:
+                works(path)
+            else:
+                refused(path, "a path of more than 504 bytes is too long for SQLite")
+        # A link is as long as where it leads.
+        Path("short").symlink_to(directory)
+        works(f"short/{'x' * longest}")
+
+    def test_where_wal_mode_is_not_available(self, tmp_path: Path) -> None:
+        """Such as in a file system without shared memory: here, in a VFS without it."""
+        uri = f"{(tmp_path / 'db').as_uri()}?vfs=unix-dotfile"
+        with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as conn, pytest.raises(OpenError) as caught:
+            _connection.use_wal(conn, _place.locate(tmp_path / "db", read_only=False), 5)
+        assert caught.value.reason == "WAL mode is not available here: journal_mode stayed 'delete'"
+
+    def test_where_foreign_keys_are_not_available(self, tmp_path: Path) -> None:
+        """In a SQLite built without them, the pragma has no effect: as it has none within a transaction."""
+        with closing(sqlite3.connect(":memory:", isolation_level=None)) as conn, pytest.raises(OpenError) as caught:
+            place = _place.locate(tmp_path / "db", read_only=False)
+            conn.execute("BEGIN")
+            _connection.enforce_foreign_keys(conn)
+            _connection.refuse_unenforced_foreign_keys(conn, place)
+        assert caught.value.reason == "this SQLite was built without foreign keys"
+
+
+OPEN_WITHOUT_DESCRIPTORS = """
+import os, resource, sys
+from daemon_db import DB, OpenError
+
+directory = sys.argv[1]
+make, read_only = sys.argv[2] == "make", sys.argv[3] == "read_only"
+resource.setrlimit(resource.RLIMIT_NOFILE, (50, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+outcomes = []
+for free in range(8):
+    path = f"{directory}/{free}.db"
+    if make:
+        DB.open(path).close()
+    taken = []
+    try:
+        while True:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        pass
+    for _ in range(free):
+        os.close(taken.pop())
+    for _ in range(2):  # a refused one leaves nothing open
+        try:
+            with DB.open(path, read_only=read_only) as db:
+                outcome = "works" if read_only else str(db.conn.execute("DELETE FROM runs").rowcount)
+        except OpenError as error:
+            outcome = f"{error.reason} {getattr(error, 'sqlite_errorname', '')} {type(error.__cause__).__name__}"
+        print(free, outcome)
+    for descriptor in taken:
+        os.close(descriptor)
+    with DB.open(path):
+        pass
+"""
+
+
+@pytest.mark.parametrize(("make", "read_only"), [("", ""), ("make", ""), ("make", "read_only")])
+def test_no_free_descriptors(make: str, read_only: str, tmp_path: Path) -> None:
+    """In a person's words, whichever of its files it is that SQLite can't open; and once there are some, it works."""
+    outcomes: dict[int, list[str]] = {}
+    for line in run(OPEN_WITHOUT_DESCRIPTORS, tmp_path, make, read_only).splitlines():
+        free, outcome = line.split(" ", 1)
+        outcomes.setdefault(int(free), []).append(outcome)
+    works = "works" if read_only else "0"
+    for first, second in outcomes.values():
+        assert first == second
+        assert first in (f"{os.strerror(errno.EMFILE)} SQLITE_CANTOPEN OperationalError", works)
+    assert outcomes[0][0] != works
+    assert outcomes[7][0] == works
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    with public_directory() as path:
+        yield path
+
+
+OPEN_AND_INSERT = """
+try:
+    with daemon_db.DB.open(sys.argv[2]) as db:
+        db.conn.execute("DELETE FROM runs")
+except daemon_db.OpenError as error:
+    print(error.reason)
+else:
+    print("opened")
+"""
+
+FILE_FORBIDDEN = "permission denied: the file is not readable and writable by this user"
+BESIDE_FORBIDDEN = "permission denied: {path}%s is not readable and writable by this user"
+DIRECTORY_FORBIDDEN = "permission denied: directory {parent} is not writable by this user"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+class TestForbidden:
+    """The effective user's permissions count, as they do for SQLite; the real user's may be more."""
+
+    @pytest.mark.parametrize(
+        ("make", "mode", "directory_mode", "reason"),
+        [
+            (make_nothing, None, 0o555, DIRECTORY_FORBIDDEN),
+            (make_nothing, None, 0o000, DIRECTORY_FORBIDDEN),
+            (make_rollback, 0o666, 0o555, DIRECTORY_FORBIDDEN),
+            (make_wal, 0o666, 0o555, DIRECTORY_FORBIDDEN),
+            (make_wal, 0o666, 0o000, DIRECTORY_FORBIDDEN),
+            (make_rollback, 0o444, 0o777, FILE_FORBIDDEN),
+            (make_wal, 0o444, 0o777, FILE_FORBIDDEN),
+            (make_wal, 0o444, 0o555, FILE_FORBIDDEN),
+            (make_wal, 0o222, 0o777, FILE_FORBIDDEN),
+            (make_wal, 0o000, 0o777, FILE_FORBIDDEN),
+            (os.mkfifo, 0o444, 0o777, NOT_REGULAR),  # SQLite's second try, to open it for reading, never returns
+        ],
+        ids=lambda value: oct(value) if isinstance(value, int) else getattr(value, "__name__", ""),
+    )
+    def test_by_permissions(
+        self,
+        make: Callable[[Path], object],
+        mode: int | None,
+        directory_mode: int,
+        reason: str,
+        change: str,
+        public: Path,
+    ) -> None:
+        path = public / "directory" / "db"
+        path.parent.mkdir()
+        make(path)
+        before = files_in(public)
+        if mode is not None:
+            path.chmod(mode)
+        path.parent.chmod(directory_mode)
+        output = run_unprivileged(OPEN_AND_INSERT, path, change=change)
+        path.parent.chmod(0o755)
+        if mode is not None:
+            path.chmod(0o644)
+        assert output == f"{reason.format(parent=path.parent)}\n"
+        assert files_in(public) == before
+
+    @pytest.mark.parametrize(("make", "suffix"), [(make_killed, "-wal"), (make_killed, "-shm"), (make_hot, "-journal")])
+    @pytest.mark.parametrize("mode", [0o444, 0o222, 0o000], ids=oct)
+    def test_a_file_beside_it(
+        self, make: Callable[[Path], object], suffix: str, mode: int, change: str, public: Path
+    ) -> None:
+        """SQLite opens the file all the same, and then every write fails; or can't say what it can't open."""
+        path = public / "directory" / "db"
+        path.parent.mkdir()
+        make(path)
+        before = files_in(public)
+        for file in path.parent.iterdir():
+            file.chmod(0o666)
+        Path(f"{path}{suffix}").chmod(mode)
+        path.parent.chmod(0o777)
+        output = run_unprivileged(OPEN_AND_INSERT, path, change=change)
+        for file in path.parent.iterdir():
+            file.chmod(0o644)
+        assert output == f"{BESIDE_FORBIDDEN.format(path=path) % suffix}\n"
+        assert files_in(public) == before
+
+    @pytest.mark.parametrize("make", [make_wal, make_rollback, make_killed, make_hot])
+    def test_what_is_allowed(self, make: Callable[[Path], object], change: str, public: Path) -> None:
+        path = public / "directory" / "db"
+        path.parent.mkdir()
+        make(path)
+        for file in path.parent.iterdir():
+            file.chmod(0o666)
+        path.parent.chmod(0o777)
+        assert run_unprivileged(OPEN_AND_INSERT, path, change=change) == "opened\n"
+
+
+def beside_nothing(path: Path) -> None:
+    """A daemon's file that was removed after `kill -9`, and its WAL wasn't."""
+    make_killed(path)
+    path.unlink()
+
+
+def beside_an_empty_file(path: Path) -> None:
+    make_killed(path)
+    path.write_bytes(b"")
+
+
+def junk(path: Path) -> None:
+    Path(f"{path}-wal").write_bytes(b"junk" * 5000)
+
+
+def junk_of_both(path: Path) -> None:
+    junk(path)
+    Path(f"{path}-shm").write_bytes(b"junk" * 10_000)
+
+
+class TestWhatIsLeftOfAnotherFile:
+    """A WAL without its file: SQLite starts anew where it may create the file, and won't say why where it may not."""
+
+    @pytest.mark.parametrize("make", [beside_nothing, beside_an_empty_file, junk, junk_of_both])
+    @pytest.mark.parametrize("link", [None, "link", "links/link"])
+    def test_is_no_obstacle(self, make: Callable[[Path], None], link: str | None, tmp_path: Path) -> None:
+        path = tmp_path / "db"
+        make(path)
+        (tmp_path / "links").mkdir()
+        if link:
+            (tmp_path / link).symlink_to(path)
+        with DB.open(tmp_path / (link or "db")) as db:
+            assert count_in_a_thread(db) == 0  # none of the old file's
+        works(path)
+        assert not (tmp_path / "db-wal").exists()
+
+    def test_without_the_file_there_is_nothing_to_read(self, tmp_path: Path) -> None:
+        beside_nothing(tmp_path / "db")
+        refused(tmp_path / "db", "it does not exist", FileNotFoundError, read_only=True)
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            b"file:x",
+            b"file:x?mode=memory",
+            b"file::memory:",
+            b"a?b#c%20d",
+            b"%41%00",
+            b" spaces and 'quotes\" ",
+            b"new\nline",
+            "na\N{LATIN SMALL LETTER I WITH DIAERESIS}ve".encode(),
+            b"\xff\xfe",
+            b"-x",
+            b":memory",
+            b"./:memory:",
+        ],
+    )
+    def test_any_name_is_a_file_name(self, name: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        path = os.fsdecode(name)
+        try:
+            Path(path).touch()
+            Path(path).unlink()
+        except OSError:
+            pytest.skip("this file system has no such names")
+        with DB.open(path) as db:
+            insert_run(db.conn)
+            assert db.path == f"{tmp_path}/{path}"
+            assert count_in_a_thread(db) == 1
+        assert os.listdir() == [path.removeprefix("./")]
+        with DB.open(tmp_path / path) as db:
+            assert count_in_a_thread(db) == 1
+
+    def test_two_slashes_at_the_beginning(self, tmp_path: Path) -> None:
+        """In a URI, what follows them would be a host."""
+        with DB.open(f"/{tmp_path}/db") as db:
+            insert_run(db.conn)
+            assert db.path == f"/{tmp_path}/db"
+            assert count_in_a_thread(db) == 1
+        assert os.listdir(tmp_path) == ["db"]
+
+    def test_a_relative_path_stays_the_same_file_after_chdir(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "later").mkdir()
+        monkeypatch.chdir(tmp_path)
+        with DB.open("db") as db:
+            insert_run(db.conn)
+            monkeypatch.chdir("later")
+            assert db.path == str(tmp_path / "db")
+            assert count_in_a_thread(db) == 1
+            with pytest.raises(sqlite3.IntegrityError), db.transaction() as conn:
+                insert_run(conn)
+        assert os.listdir() == []
+
+    @pytest.mark.parametrize("exists", [True, False])
+    def test_a_symbolic_link_is_the_file_it_leads_to(self, exists: bool, tmp_path: Path) -> None:
+        """The WAL, too, is beside that file: else the two names would be two databases."""
+        (tmp_path / "links").mkdir()
+        (tmp_path / "links" / "link").symlink_to("../db")
+        if exists:
+            make_rollback(tmp_path / "db")
+        with DB.open(tmp_path / "links" / "link") as by_link, DB.open(tmp_path / "db") as by_name:
+            insert_run(by_link.conn, "run-2")
+            insert_run(by_name.conn, "run-3")
+            assert count_in_a_thread(by_link) == count_in_a_thread(by_name) == 2 + exists
+            assert (tmp_path / "db-wal").exists()
+            assert os.listdir(tmp_path / "links") == ["link"]
+
+    def test_dots_after_a_symbolic_link_are_the_operating_systems(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`link/..` is the parent of what the link leads to."""
+        (tmp_path / "one" / "two").mkdir(parents=True)
+        (tmp_path / "link").symlink_to("one/two")
+        monkeypatch.chdir(tmp_path)
+        with DB.open("link/../db") as db:
+            insert_run(db.conn)
+            assert count_in_a_thread(db) == 1
+        assert sorted(os.listdir("one")) == ["db", "two"]
+        assert os.listdir(".").count("db") == 0
+
+
+class TestMemory:
+    """`":memory:"` is SQLite's memdb VFS, which is then what that connection takes other names for, too."""
+
+    def test_other_databases_of_the_connection_are_in_memory_too(self, tmp_path: Path) -> None:
+        with DB.open(":memory:") as db:
+            db.conn.execute("ATTACH ? AS other", (str(tmp_path / "attached"),))
+            db.conn.execute("CREATE TABLE other.t (x)")
+            db.conn.execute("VACUUM INTO ?", (str(tmp_path / "copy"),))
+        assert (files_in(tmp_path) == {}) is (sqlite3.sqlite_version_info >= (3, 36))
+
+    def test_a_uri_names_the_file_system(self, tmp_path: Path) -> None:
+        """Which is the way to save what is in memory, and to read a file beside it."""
+        with DB.open(":memory:") as db:
+            insert_run(db.conn)
+            db.conn.execute("VACUUM INTO ?", (f"{(tmp_path / 'copy').as_uri()}?vfs=unix",))
+            db.conn.execute("ATTACH ? AS other", (f"{(tmp_path / 'copy').as_uri()}?vfs=unix",))
+            assert db.conn.execute("SELECT count(*) FROM other.runs").fetchone() == (1,)
+        assert list(files_in(tmp_path)) == ["copy"]
+        works(tmp_path / "copy")
+
+
+IMPORT_FROM_A_ZIP_FILE = """
+import sys
+import daemon_db
+assert daemon_db.__file__.startswith(sys.argv[1]), daemon_db.__file__
+with daemon_db.DB.open(sys.argv[2]) as db:
+    print(*db.conn.execute("SELECT count(*) FROM runs").fetchone())
+"""
+
+
+def test_the_package_works_in_a_zip_file(tmp_path: Path) -> None:
+    """As `zipapp` makes one: `schema.sql` is then no file."""
+    package = Path(daemon_db.__file__).parent
+    with zipfile.ZipFile(tmp_path / "app.pyz", "w") as archive:
+        for file in package.iterdir():
+            if file.is_file():
+                archive.write(file, f"daemon_db/{file.name}")
+    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path / "app.pyz")}
+    assert run(IMPORT_FROM_A_ZIP_FILE, tmp_path / "app.pyz", tmp_path / "db", env=environment) == "0\n"
