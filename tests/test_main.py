@@ -1,21 +1,50 @@
-"""`python -m daemon_db`, as it is run: from a shell, on files that other programs made."""
+"""`python -m daemon_db`, as it is run: from a shell, on a terminal, on files that other programs made."""
 
+import contextlib
+import errno
+import json
+import os
+import pty
 import re
+import select
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, __main__
-from support import fill_with_sqlite3, insert_run
+import daemon_db
+from daemon_db import DB, __main__, _schema
+from support import (
+    ENVIRONMENT,
+    LIMIT,
+    append_event,
+    end,
+    files_in,
+    fill_with_sqlite3,
+    insert_run,
+    make_hot,
+    make_killed,
+    make_rollback,
+    make_wal,
+    start,
+)
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "daemon_db", *map(str, arguments)], capture_output=True, text=True, timeout=60
+def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    defaults: dict[str, object] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.run(  # type: ignore[call-overload, no-any-return]
+        [sys.executable, "-W", "error", "-m", "daemon_db", *map(str, arguments)],
+        env=ENVIRONMENT,
+        encoding="utf-8",
+        timeout=LIMIT,
+        **(defaults | options),
     )
 
 
@@ -23,117 +52,379 @@ def report(output: str) -> dict[str, str]:
     return dict(re.split(r"  +", line, maxsplit=1) for line in output.splitlines())
 
 
-def test_it_creates_a_database_and_says_what_it_found(tmp_path: Path) -> None:
-    for _ in range(2):
-        done = command(tmp_path / "daemon.db", "--check")
+def fails(done: subprocess.CompletedProcess[str], message: str) -> None:
+    """That it ended with this one line on standard error, and nothing else."""
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"daemon_db: {message}\n")
+
+
+HAS_BUG = __main__.has_wal_reset_bug(sqlite3.sqlite_version_info)
+SQLITE = sqlite3.sqlite_version + ("  (has the WAL-reset bug: see the README)" if HAS_BUG else "")
+
+
+class TestWhatItFinds:
+    def test_it_creates_a_database(self, tmp_path: Path) -> None:
+        for _ in range(2):
+            done = command(tmp_path / "daemon.db")
+            assert (done.returncode, done.stderr) == (0, "")
+            assert done.stdout == (
+                f"path           {tmp_path / 'daemon.db'}\n"
+                f"SQLite         {SQLITE}\n"
+                "journal mode   wal\n"
+                "foreign keys   on\n"
+                "runs           0 rows\n"
+                "units          0 rows\n"
+                "events         0 rows\n"
+            )
+            assert list(files_in(tmp_path)) == ["daemon.db"]
+
+    def test_check(self, tmp_path: Path) -> None:
+        make_wal(tmp_path / "daemon.db")
+        without, with_check = command(tmp_path / "daemon.db"), command("--check", tmp_path / "daemon.db")
+        assert (with_check.returncode, with_check.stderr) == (0, "")
+        assert with_check.stdout == without.stdout + "check          ok\n"
+
+    @pytest.mark.parametrize("check", [[], ["--check"]])
+    def test_json(self, check: list[str], tmp_path: Path) -> None:
+        make_wal(tmp_path / "daemon.db")
+        with DB.open(tmp_path / "daemon.db") as db:
+            append_event(db.conn)
+            append_event(db.conn)
+        done = command("--json", *check, tmp_path / "daemon.db")
+        assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+        assert json.loads(done.stdout) == {
+            "path": str(tmp_path / "daemon.db"),
+            "sqlite": sqlite3.sqlite_version,
+            "wal_reset_bug": HAS_BUG,
+            "journal_mode": "wal",
+            "foreign_keys": True,
+            "rows": {"runs": 1, "units": 0, "events": 2},
+        } | ({"problems": []} if check else {})
+
+    @pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command-line program")
+    @pytest.mark.parametrize("check", [[], ["--check"]])
+    def test_a_database_that_another_program_made(self, check: list[str], tmp_path: Path) -> None:
+        """Without --check it is taken over, in WAL mode from then on."""
+        path = tmp_path / "daemon.db"
+        fill_with_sqlite3(path)
+        before = path.read_bytes()
+        done = command(path, *check)
         assert (done.returncode, done.stderr) == (0, "")
         lines = report(done.stdout)
-        assert lines.pop("SQLite").split()[0] == sqlite3.sqlite_version
-        assert lines == {
-            "path": str(tmp_path / "daemon.db"),
-            "journal mode": "wal",
-            "foreign keys": "on",
-            "runs": "0 rows",
-            "units": "0 rows",
-            "events": "0 rows",
-            "check": "ok",
-        }
+        assert (lines["journal mode"], lines.get("check")) == (("delete", "ok") if check else ("wal", None))
+        assert (lines["runs"], lines["units"], lines["events"]) == ("300 rows", "3000 rows", "6000 rows")
+        assert (path.read_bytes() == before) is bool(check)
+        with DB.open(path) as db:
+            assert db.conn.execute("SELECT count(*), max(id) FROM events").fetchone() == (6000, 6000)
+
+    def test_a_name_that_is_no_text(self, tmp_path: Path) -> None:
+        path = os.fsdecode(bytes(tmp_path) + b"/\xff.db")
+        try:
+            Path(path).touch()
+        except OSError:
+            pytest.skip("this file system has no such names")
+        done = command(path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "\\udcff.db" in done.stdout
+        assert json.loads(command("--json", path).stdout)["path"] == path
+
+    def test_version(self) -> None:
+        done = command("--version")
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"daemon_db {daemon_db.__version__}\n", "")
+
+    def test_help(self) -> None:
+        done = command("--help")
+        assert (done.returncode, done.stderr) == (0, "")
+        for word in ("PATH", "--check", "--json", "--version", "write nothing"):
+            assert word in done.stdout
 
 
-@pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command-line program")
-def test_a_database_that_another_program_made(tmp_path: Path) -> None:
-    path = tmp_path / "daemon.db"
-    fill_with_sqlite3(path)
-    assert path.read_bytes()[18:20] == b"\1\1"  # https://sqlite.org/fileformat2.html: a rollback journal
-    done = command(path, "--check")
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = report(done.stdout)
-    assert (lines["journal mode"], lines["check"]) == ("wal", "ok")
-    assert (lines["runs"], lines["units"], lines["events"]) == ("300 rows", "3000 rows", "6000 rows")
-    assert path.read_bytes()[18:20] == b"\2\2"
-    with DB.open(path) as db:
-        assert db.conn.execute("SELECT count(*), max(id) FROM events").fetchone() == (6000, 6000)
+class TestCheckWritesNothing:
+    def test_a_mistyped_path_is_an_error(self, tmp_path: Path) -> None:
+        path = tmp_path / "deamon.db"
+        fails(command("--check", path), f"cannot open {path}: it does not exist")
+        assert files_in(tmp_path) == {}
+
+    def test_an_empty_file_is_no_database_yet(self, tmp_path: Path) -> None:
+        path = tmp_path / "daemon.db"
+        path.touch()
+        done = command("--check", path)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert done.stderr.startswith(f"daemon_db: the schema of {path} does not fit: ")
+        assert files_in(tmp_path) == {"daemon.db": b""}
+
+    @pytest.mark.parametrize("make", [make_wal, make_rollback])
+    def test_byte_for_byte(self, make: Callable[[Path], None], tmp_path: Path) -> None:
+        make(tmp_path / "daemon.db")
+        before = files_in(tmp_path)
+        assert report(command("--check", tmp_path / "daemon.db").stdout)["check"] == "ok"
+        assert files_in(tmp_path) == before
+
+    def test_what_a_killed_daemon_left(self, tmp_path: Path) -> None:
+        make_killed(tmp_path / "daemon.db")
+        (tmp_path / "daemon.db-shm").unlink()  # with it, the index would be recovered in there
+        before = files_in(tmp_path)
+        done = command("--check", tmp_path / "daemon.db")
+        assert report(done.stdout)["runs"] == "1 rows"
+        assert {name: data for name, data in files_in(tmp_path).items() if not name.endswith("-shm")} == before
+
+    def test_beside_a_running_daemon(self, tmp_path: Path) -> None:
+        with DB.open(tmp_path / "daemon.db", timeout=0) as db:
+            insert_run(db.conn)
+            with db.transaction() as conn:
+                append_event(conn)
+                lines = report(command("--check", tmp_path / "daemon.db").stdout)
+            assert (lines["runs"], lines["events"], lines["check"]) == ("1 rows", "0 rows", "ok")
 
 
-def check_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.count("\n") == 1, done.stderr
-    for word in ("daemon_db: ", *words):
-        assert word in done.stderr
+class TestErrors:
+    """One line, which says the path once."""
+
+    def test_a_file_that_cannot_be_opened(self, tmp_path: Path) -> None:
+        text = tmp_path / "notes.txt"
+        text.write_text("some notes", encoding="ascii")
+        for check in [], ["--check"]:
+            fails(command(*check, text), f"cannot open {text}: not a SQLite database")
+            fails(command(*check, tmp_path), f"cannot open {tmp_path}: it is a directory")
+            missing = tmp_path / "no" / "daemon.db"
+            reason = f"parent directory {missing.parent} does not exist"
+            fails(command(*check, missing), f"cannot open {missing}: {reason}")
+        assert files_in(tmp_path) == {"notes.txt": b"some notes"}
+
+    def test_a_hot_journal(self, tmp_path: Path) -> None:
+        path = tmp_path / "daemon.db"
+        make_hot(path)
+        reason = "a killed process left a rollback journal, to be played back first: open it once without read_only"
+        fails(command("--check", path), f"cannot open {path}: {reason}")
+        assert command(path).returncode == 0
+        assert command("--check", path).returncode == 0
+
+    def test_a_schema_that_does_not_fit(self, tmp_path: Path) -> None:
+        path = tmp_path / "other.db"
+        with closing(sqlite3.connect(path)) as conn:
+            conn.executescript(f"{_schema.SQL} ALTER TABLE runs RENAME COLUMN error TO failure")
+            conn.executescript("CREATE UNIQUE INDEX one ON runs (status)")
+        for check in [], ["--check"]:
+            done = command(*check, path)
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+            assert done.stderr.startswith(f"daemon_db: the schema of {path} does not fit: ")
+            assert done.stderr.count(str(path)) == 1
+            for word in ("runs.error: ", "; ", "runs: extra unique constraint (status)"):
+                assert word in done.stderr
+
+    def test_a_name_of_two_lines(self, tmp_path: Path) -> None:
+        done = command(tmp_path / "no" / "two\nlines")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+    def test_an_error_after_opening(self, tmp_path: Path) -> None:
+        path = tmp_path / "daemon.db"
+        with DB.open(path) as db:
+            (root,) = db.conn.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_units_status'").fetchone()
+        content = bytearray(path.read_bytes())
+        content[(root - 1) * 4096] = 0xFF  # no kind of page
+        path.write_bytes(content)
+        fails(command(path), f"{path}: database disk image is malformed")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "the following arguments are required: PATH"),
+            ([""], "path must be a file name, not ''"),
+            (["daemon.db", "other.db"], "unrecognized arguments: other.db"),
+            (["--no-such-option", "daemon.db"], "unrecognized arguments: --no-such-option"),
+            (["--check", ":memory:"], "read_only is for files: a :memory: database begins empty"),
+        ],
+    )
+    def test_wrong_usage(self, arguments: list[str], message: str, tmp_path: Path) -> None:
+        done = command(*arguments, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        usage, error = done.stderr.splitlines()
+        assert usage == "usage: python -m daemon_db [-h] [--check] [--json] [--version] PATH"
+        assert error == f"python -m daemon_db: error: {message}"
+        assert files_in(tmp_path) == {}
 
 
-def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
-    text = tmp_path / "notes.txt"
-    text.write_text("some notes")
-    check_refused(command(text), f"cannot open {text}: not a SQLite database")
-    assert text.read_text() == "some notes"
-    check_refused(command(tmp_path), f"cannot open {tmp_path}: it is a directory")
-    check_refused(command(tmp_path / "no" / "daemon.db"), f"parent directory {tmp_path / 'no'} does not exist")
+class TestWhereItCannotBeSaid:
+    """An error, and no traceback, although Python would write what is left of its buffer once more when it exits."""
+
+    def test_a_full_device(self, tmp_path: Path) -> None:
+        if not os.path.exists("/dev/full"):
+            pytest.skip("no /dev/full; the next test is the same with a pipe")
+        with open("/dev/full", "w") as full:
+            done = command(tmp_path / "daemon.db", stdout=full)
+        words = f"daemon_db: cannot write to standard output: {os.strerror(errno.ENOSPC)}\n"
+        assert (done.returncode, done.stderr) == (1, words)
+
+    def test_a_pipe_that_nobody_reads(self, tmp_path: Path) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            done = command(tmp_path / "daemon.db", stdout=writer)
+        finally:
+            os.close(writer)
+        words = f"daemon_db: cannot write to standard output: {os.strerror(errno.EPIPE)}\n"
+        assert (done.returncode, done.stderr) == (1, words)
+
+    def test_closed(self, tmp_path: Path) -> None:
+        done = subprocess.run(
+            ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-m", "daemon_db", str(tmp_path / "daemon.db")],
+            env=ENVIRONMENT,
+            stderr=subprocess.PIPE,
+            timeout=LIMIT,
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_schema_that_does_not_fit(tmp_path: Path) -> None:
-    conn = sqlite3.connect(tmp_path / "other.db")
-    conn.executescript("CREATE TABLE runs (id TEXT PRIMARY KEY); CREATE TABLE units (id TEXT PRIMARY KEY)")
-    conn.close()
-    check_refused(command(tmp_path / "other.db"), "runs.status: missing column", "units.run_id: missing column", "; ")
+class TestDamage:
+    def make_orphans(self, path: Path, count: int) -> None:
+        with DB.open(path) as db:
+            db.conn.execute("PRAGMA foreign_keys=OFF")
+            for number in range(1, count + 1):
+                append_event(db.conn, f"gone-{number}")
+
+    @pytest.mark.parametrize(("count", "more"), [(1, ""), (10, ""), (11, " and 1 more"), (15, " and 5 more")])
+    def test_rows_without_their_run(self, count: int, more: str, tmp_path: Path) -> None:
+        """On one line: the first ten, and how many more. As JSON: all."""
+        path = tmp_path / "daemon.db"
+        self.make_orphans(path, count)
+        assert command(path).returncode == 0
+        problems = [f"events row {number} refers to a row of runs that isn't there" for number in range(1, count + 1)]
+        done = command("--check", path)
+        assert "check" not in report(done.stdout)
+        assert (done.returncode, done.stderr) == (
+            1,
+            f"daemon_db: {path} failed the check: {'; '.join(problems[:10])}{more}\n",
+        )
+        done = command("--check", "--json", path)
+        assert (done.returncode, json.loads(done.stdout)["problems"]) == (1, problems)
+
+    def test_a_damaged_page(self, tmp_path: Path) -> None:
+        path = tmp_path / "daemon.db"
+        with DB.open(path) as db:
+            insert_run(db.conn)
+            (root,) = db.conn.execute("SELECT rootpage FROM sqlite_master WHERE name = 'runs'").fetchone()
+        content = path.read_bytes()
+        start, end = (root - 1) * 4096, root * 4096
+        path.write_bytes(content[:start] + content[start:end].replace(b"running", b"rUnning") + content[end:])
+        assert command(path).returncode == 0
+        done = command("--check", path)
+        words = f"daemon_db: {path} failed the check: row 1 missing from index idx_runs_status\n"
+        assert (done.returncode, done.stderr) == (1, words)
 
 
-def test_standard_output_that_is_full_or_closed(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "daemon_db", str(tmp_path / "daemon.db")]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-    words = "daemon_db: cannot write to standard output: No space left on device\n"
-    assert (done.returncode, done.stderr) == (1, words)
-    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small database that takes a minute to check: SQLite works out a long CHECK constraint for each row."""
+    path = tmp_path_factory.mktemp("slow") / "daemon.db"
+    make_rollback(path)
+    with closing(sqlite3.connect(path)) as conn:
+        conn.execute(f"CREATE TABLE slow (x CHECK ({' + '.join(['abs(x)'] * 500)} >= 0))")
+        conn.execute("PRAGMA ignore_check_constraints=ON")
+        conn.execute(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000)"
+            " INSERT INTO slow SELECT i FROM n"
+        )
+        conn.commit()
+    return path
 
 
-def test_a_name_that_is_no_text(tmp_path: Path) -> None:
-    done = command(b"".join((bytes(tmp_path), b"/\xff.db")).decode(errors="surrogateescape"))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "\\udcff.db" in done.stdout
+class Terminal:
+    """A terminal for a program's standard error, and all that it has shown."""
+
+    def __init__(self) -> None:
+        self.ours, self.its = pty.openpty()
+        self.shown = ""
+
+    def read_until(self, words: str) -> None:
+        deadline = time.monotonic() + LIMIT
+        while words not in self.shown:
+            if not select.select([self.ours], [], [], max(0, deadline - time.monotonic()))[0]:
+                raise AssertionError(f"{words!r} is not in {self.shown!r}")
+            self.shown += os.read(self.ours, 1000).decode()
+
+    def close(self) -> None:
+        os.close(self.ours)
+        os.close(self.its)
 
 
-@pytest.mark.parametrize("arguments", [[], [""], ["daemon.db", "other.db"], ["--no-such-option", "daemon.db"]])
-def test_wrong_usage(arguments: list[str]) -> None:
-    done = command(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("usage: python -m daemon_db [-h] [--check] PATH\n")
+def check(path: Path, **options: object) -> subprocess.Popen[str]:
+    """Start to check `path`, with Ctrl-C as a terminal's foreground process has it."""
+    arguments = [sys.executable, "-m", "daemon_db", "--check", str(path)]
+    return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
+        arguments,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        **options,
+    )
 
 
-def test_check_finds_rows_without_their_run(tmp_path: Path) -> None:
-    with DB.open(tmp_path / "daemon.db") as db:
-        db.conn.execute("PRAGMA foreign_keys=OFF")
-        db.conn.execute("INSERT INTO events (run_id, sequence, event_type) VALUES ('gone', 1, 'step')")
-    assert command(tmp_path / "daemon.db").returncode == 0
-    done = command(tmp_path / "daemon.db", "--check")
-    assert done.returncode == 1
-    assert done.stderr.endswith("daemon.db failed the check: events row 1 refers to a row of runs that isn't there\n")
+def test_progress_on_a_terminal_and_an_interrupt_in_the_middle(slow: Path) -> None:
+    """On a pipe the same check says nothing until it is interrupted. Either way it ends at once, in one line."""
+    before = files_in(slow.parent)
+    with contextlib.closing(Terminal()) as terminal:
+        piped = check(slow, stderr=subprocess.PIPE)  # first, so that it is at least as far
+        shown = check(slow, stderr=terminal.its)
+        try:
+            terminal.read_until(f"checking {slow}: 2 s")
+            shown.send_signal(signal.SIGINT)
+            assert end(shown) == ("", None)
+            terminal.read_until("interrupted\r\n")
+            piped.send_signal(signal.SIGINT)
+            assert end(piped) == ("", "daemon_db: interrupted\n")
+        finally:
+            for process in shown, piped:
+                process.kill()
+                process.wait(LIMIT)
+                process.stdout.close()
+            piped.stderr.close()
+    assert (shown.returncode, piped.returncode) == (130, 130)
+    clear = "\r\x1b[K"
+    lines = terminal.shown.split(clear)
+    assert (lines[0], lines[-1]) == ("", "daemon_db: interrupted\r\n")
+    seconds = [int(line.removeprefix(f"checking {slow}: ").removesuffix(" s")) for line in lines[1:-1]]
+    assert seconds == sorted(set(seconds))
+    assert seconds[0] >= 1
+    assert files_in(slow.parent) == before
 
 
-def test_check_finds_a_damaged_page(tmp_path: Path) -> None:
-    path = tmp_path / "daemon.db"
-    with DB.open(path) as db:
-        insert_run(db.conn)
-        (root,) = db.conn.execute("SELECT rootpage FROM sqlite_master WHERE name = 'runs'").fetchone()
-    content = path.read_bytes()
-    start, end = (root - 1) * 4096, root * 4096
-    path.write_bytes(content[:start] + content[start:end].replace(b"running", b"rUnning") + content[end:])
-    assert command(path).returncode == 0
-    done = command(path, "--check")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert f"{path} failed the check: row 1 missing from index idx_runs_status" in done.stderr
+def test_no_progress_on_a_terminal_for_what_is_quick(tmp_path: Path) -> None:
+    make_wal(tmp_path / "daemon.db")
+    with contextlib.closing(Terminal()) as terminal:
+        quick = check(tmp_path / "daemon.db", stderr=terminal.its)
+        output, _ = end(quick)
+        assert report(output)["check"] == "ok"
+        os.write(terminal.its, b"the end")
+        terminal.read_until("the end")
+    assert terminal.shown == "the end"
 
 
-def test_an_error_after_opening_names_the_path_too(tmp_path: Path) -> None:
-    path = tmp_path / "daemon.db"
-    with DB.open(path) as db:
-        (root,) = db.conn.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_units_status'").fetchone()
-    content = bytearray(path.read_bytes())
-    content[(root - 1) * 4096] = 0xFF  # no kind of page
-    path.write_bytes(content)
-    done = command(path)
-    assert (done.returncode, done.stderr) == (1, f"daemon_db: {path}: database disk image is malformed\n")
+INTERRUPT_WHEN_CONNECTING = """
+import os, runpy, signal, sys
+
+def interrupt(event, _):
+    global is_done
+    if event == "sqlite3.connect" and not is_done:
+        is_done = True
+        os.kill(os.getpid(), signal.SIGINT)
+
+import daemon_db
+is_done = False
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.addaudithook(interrupt)
+runpy.run_module("daemon_db", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check"]])
+def test_an_interrupt_before_anything_is_found(arguments: list[str], tmp_path: Path) -> None:
+    """When SQLite is asked to open the file."""
+    make_wal(tmp_path / "daemon.db")
+    before = files_in(tmp_path)
+    process = start(INTERRUPT_WHEN_CONNECTING, *arguments, tmp_path / "daemon.db")
+    assert end(process) == ("", "daemon_db: interrupted\n")
+    assert process.returncode == 130
+    assert files_in(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -154,8 +445,3 @@ def test_an_error_after_opening_names_the_path_too(tmp_path: Path) -> None:
 )
 def test_which_versions_have_the_wal_reset_bug(version: tuple[int, int, int], has_it: bool) -> None:
     assert __main__.has_wal_reset_bug(version) is has_it
-
-
-def test_it_says_so_where_this_sqlite_has_the_wal_reset_bug(tmp_path: Path) -> None:
-    has_it = __main__.has_wal_reset_bug(sqlite3.sqlite_version_info)
-    assert ("upgrade SQLite to 3.51.3" in command(tmp_path / "daemon.db").stdout) == has_it
