@@ -6,6 +6,7 @@
 import faulthandler
 import multiprocessing
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -19,8 +20,7 @@ from pathlib import Path
 import pytest
 
 from daemon_db import DB, OpenError, SchemaError
-from daemon_db._schema import SQL
-from support import append_event, insert_run, open_files, rounds, start
+from support import LIMIT, append_event, end, insert_run, make_rollback, open_files, rounds, start
 
 SEEDS = range(rounds(300, 1000))
 """Of random damages, one each. To run a failing one again, put it here alone."""
@@ -63,7 +63,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
     """
     directory = tmp_path_factory.mktemp("good")
     child = start(MAKE, directory)
-    assert (*child.communicate(timeout=60), child.returncode) == ("", "", -signal.SIGKILL)
+    assert (*end(child), child.returncode) == ("", "", -signal.SIGKILL)
     return {name: contents(directory / f"{name}.db") for name in ("closed", "killed")}
 
 
@@ -158,19 +158,11 @@ def test_what_is_no_database_is_refused_untouched(
     assert contents(path) | deleted == {"": data} | beside
 
 
-def test_a_file_of_one_byte_is_refused_untouched(tmp_path: Path) -> None:
-    """SQLite by itself takes it for an empty one, and overwrites it."""
-    path = write(tmp_path / "notes.txt", {"": b"\n"})
-    with pytest.raises(OpenError, match="not a SQLite database"):
-        DB.open(path)
-    assert contents(path) == {"": b"\n"}
-
-
 def test_a_header_and_garbage_is_refused_untouched(tmp_path: Path, good: dict[str, Files]) -> None:
     data = good["closed"][""]
     path = write(tmp_path / "daemon.db", {"": data[:100] + random.Random(5).randbytes(len(data) - 100)})
     before = contents(path)
-    with pytest.raises(OpenError, match="damaged"):
+    with pytest.raises(OpenError, match=r": damaged \(.+\): " + re.escape(ADVICE)):
         DB.open(path)
     assert contents(path) == before
 
@@ -239,17 +231,83 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("name", ["runs", "idx_units_status", "sqlite_autoindex_runs_1"])
-@pytest.mark.parametrize("column", ["type", "name", "tbl_name", "rootpage", "sql"])
-@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
-@pytest.mark.parametrize("script", [SQL, SQL.replace("  ", " ")], ids=["same text", "other spaces"])
-def test_a_damaged_catalogue(tmp_path: Path, name: str, column: str, value: str, script: str) -> None:
-    """Whatever comes of it, nothing but SQLite's errors, and no change to what is refused for its schema."""
-    path = tmp_path / "daemon.db"
+EXPECTED = {
+    # In the order of VALUES. Not every change is one: "runs", for one, has no spaces to replace.
+    ("runs", "type"): "damaged works damaged damaged schema damaged works damaged",
+    ("runs", "name"): "damaged works damaged damaged refused damaged works damaged",
+    ("runs", "tbl_name"): "damaged works damaged damaged schema damaged works damaged",
+    ("runs", "rootpage"): "damaged works use damaged works damaged works use",
+    ("runs", "sql"): "damaged works damaged damaged schema damaged damaged damaged",
+    ("idx_units_status", "type"): "damaged works damaged damaged schema damaged works works",
+    ("idx_units_status", "name"): "damaged works damaged damaged schema damaged works damaged",
+    ("idx_units_status", "tbl_name"): "damaged works damaged damaged schema damaged works damaged",
+    ("idx_units_status", "rootpage"): "damaged works damaged damaged works damaged works works",
+    ("idx_units_status", "sql"): "damaged works damaged damaged schema damaged damaged damaged",
+    # SQLite looks at the name and the root page of an index that belongs to a constraint, and at nothing else.
+    ("sqlite_autoindex_runs_1", "type"): "works works works works works works works works",
+    ("sqlite_autoindex_runs_1", "name"): "damaged works damaged damaged works damaged works damaged",
+    ("sqlite_autoindex_runs_1", "tbl_name"): "works works works works works works works works",
+    ("sqlite_autoindex_runs_1", "rootpage"): "damaged works works damaged works damaged works use",
+    ("sqlite_autoindex_runs_1", "sql"): "works works damaged works works works works works",
+}
+
+
+@pytest.fixture(scope="module")
+def rollback(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An empty database."""
+    path = tmp_path_factory.mktemp("rollback") / "daemon.db"
+    make_rollback(path, runs=0)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize(("name", "column"), EXPECTED)
+def test_a_damaged_catalogue(rollback: bytes, tmp_path: Path, name: str, column: str, value: str) -> None:
+    """What SQLite makes of it, and where that is nothing, the comparison; and what isn't damage works."""
+    path = write(tmp_path / "daemon.db", {"": rollback})
     with closing(sqlite3.connect(path, isolation_level=None)) as conn:
-        conn.executescript(f"PRAGMA synchronous=OFF; {script} PRAGMA writable_schema=ON;")
-        conn.execute(f"UPDATE sqlite_master SET {column} = {value.format(column)} WHERE name = ?", (name,))
-    attempt(path)
+        conn.executescript("PRAGMA synchronous=OFF; PRAGMA writable_schema=ON;")
+        conn.execute(f"UPDATE sqlite_master SET {column} = {VALUES[value].format(column)} WHERE name = ?", (name,))
+    before = contents(path)
+    expected = dict(zip(VALUES, EXPECTED[name, column].split(), strict=True))[value]
+    if expected in ("works", "use"):
+        with DB.open(path) as db:
+            if expected == "works":
+                use(db)
+            else:
+                with pytest.raises(sqlite3.DatabaseError):
+                    use(db)
+    else:
+        with pytest.raises(SchemaError if expected == "schema" else OpenError) as caught:
+            DB.open(path)
+        if expected == "damaged":
+            damaged = re.escape(f"cannot open {path}: damaged (") + ".+" + re.escape(f"): {ADVICE}")
+            assert re.fullmatch(damaged, str(caught.value))
+        if expected != "refused":  # that one is found out when the table is created, in WAL mode
+            assert contents(path) == before
+    assert not [file for file in open_files() if file.startswith(str(path))]
+
+
+ADVICE = "remove its -wal and -shm, then restore a backup; or see https://sqlite.org/recovery.html"
+
+
+def test_a_backup_is_restored_as_the_message_says(tmp_path: Path, good: dict[str, Files]) -> None:
+    """What is left of the damaged file's WAL would be played back over the backup."""
+    path = write(tmp_path / "daemon.db", good["killed"] | {"": good["killed"][""][:PAGE] + bytes(4 * PAGE)})
+    wal = Path(f"{path}-wal")
+    wal.write_bytes(good["killed"]["-wal"][: 32 + 2 * (24 + PAGE)])
+    with DB.open(tmp_path / "other.db") as other:
+        use(other)
+        other.conn.execute("VACUUM INTO ?", (str(tmp_path / "backup"),))
+    with pytest.raises((OpenError, SchemaError)) as caught:
+        DB.open(path)
+    assert str(caught.value).endswith(ADVICE)
+    wal.unlink()
+    Path(f"{path}-shm").unlink(missing_ok=True)
+    shutil.copyfile(tmp_path / "backup", path)
+    with DB.open(path) as db:
+        assert db.conn.execute("SELECT id FROM runs").fetchall() == [("run-new",)]
+        assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
 # Damaged at random
@@ -321,9 +379,10 @@ def outcomes_of(seeds: Sequence[int], directory: Path, good: dict[str, Files]) -
     sender.close()
     outcomes: dict[int, str] = {}
     with reports, suppress(EOFError):
-        while True:
+        while reports.poll(LIMIT):
             outcomes.update([reports.recv()])
-    child.join()
+    child.kill()
+    child.join(LIMIT)
     return outcomes
 
 
