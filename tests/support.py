@@ -5,14 +5,13 @@ README's table, which takes minutes. Without it the same tests run for a moment 
 """
 
 import fcntl
-import multiprocessing
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -147,38 +146,40 @@ def end(process: subprocess.Popen[str]) -> tuple[str, str]:
         process.wait(LIMIT)
 
 
-def together(count: int, function: Callable[..., object], *arguments: object) -> list[object]:
-    """Call `function(barrier, number, *arguments)` in `count` new processes; what each returned, or its exception.
+WAIT = f"""
+import signal, sys
 
-    `barrier.wait(LIMIT)` in there lets all of them go on at the same moment.
+signal.alarm({LIMIT})
+
+
+def wait():
+    print("ready", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def together(count: int, code: str, *arguments: object) -> list[str]:
+    """Run Python on `code` in `count` processes; what each printed. Each has its number, too, in `sys.argv[1]`.
+
+    `wait()` in there lets all of them go on at the same moment.
     """
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(count)
-    started = []
-    for number in range(count):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_call, args=(sender, function, barrier, number, *arguments))
-        process.start()
-        sender.close()
-        started.append((process, receiver))
-    returned = []
-    for process, receiver in started:
-        try:
-            returned.append(receiver.recv() if receiver.poll(3 * LIMIT) else "still running")
-        except EOFError:
-            process.join(LIMIT)
-            returned.append(f"ended with exit status {process.exitcode}")
-        receiver.close()
-        process.kill()
-        process.join(LIMIT)
-    return returned
-
-
-def _call(sender, function, *arguments):  # type: ignore[no-untyped-def]
+    processes = [start(WAIT + code, number, *arguments, stderr=None) for number in range(count)]
+    printed = [""] * count
+    running = set(range(count))
     try:
-        sender.send(function(*arguments))
-    except BaseException as error:
-        sender.send(error)
+        while running:
+            for number in sorted(running):
+                while (line := processes[number].stdout.readline()) not in ("ready\n", ""):
+                    printed[number] += line
+                if not line:
+                    running.remove(number)
+            for number in running:
+                processes[number].stdin.write("go\n")
+                processes[number].stdin.flush()
+    finally:
+        for process in processes:
+            end(process)
+    return printed
 
 
 DESCRIPTORS = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"

@@ -10,7 +10,6 @@ import math
 import os
 import socket
 import sqlite3
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -20,11 +19,9 @@ from pathlib import Path
 
 import pytest
 
-import daemon_db
 from daemon_db import DB, OpenError, _connection, _place
 from support import (
     CHANGES,
-    ENVIRONMENT,
     LIMIT,
     files_in,
     insert_run,
@@ -597,23 +594,3 @@ class TestMemory:
             assert db.conn.execute("SELECT count(*) FROM other.runs").fetchone() == (1,)
         assert list(files_in(tmp_path)) == ["copy"]
         works(tmp_path / "copy")
-
-
-IMPORT_FROM_A_ZIP_FILE = """
-import sys
-import daemon_db
-assert daemon_db.__file__.startswith(sys.argv[1]), daemon_db.__file__
-with daemon_db.DB.open(sys.argv[2]) as db:
-    print(*db.conn.execute("SELECT count(*) FROM runs").fetchone())
-"""
-
-
-def test_the_package_works_in_a_zip_file(tmp_path: Path) -> None:
-    """As `zipapp` makes one: `schema.sql` is then no file."""
-    package = Path(daemon_db.__file__).parent
-    with zipfile.ZipFile(tmp_path / "app.pyz", "w") as archive:
-        for file in package.iterdir():
-            if file.is_file():
-                archive.write(file, f"daemon_db/{file.name}")
-    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path / "app.pyz")}
-    assert run(IMPORT_FROM_A_ZIP_FILE, tmp_path / "app.pyz", tmp_path / "db", env=environment) == "0\n"
