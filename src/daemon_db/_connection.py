@@ -19,7 +19,7 @@ from .errors import REPLACED, OpenError, is_busy
 # The process
 
 pid = os.getpid()
-"""This process; 0 while it forks. To ask the system each time takes as long as a quarter of a `SELECT 1`."""
+"""This process; -1 while it forks. To ask the system each time takes as long as a quarter of a `SELECT 1`."""
 
 _held: dict["ThreadConnection", FileId | str] = {}
 """The files on which SQLite may have locks, each from before it is asked to open it; by its path if it isn't there yet.
@@ -39,7 +39,7 @@ _forking = threading.RLock()
 def _before_fork() -> None:
     global pid
     _forking.acquire()  # or a thread that has forked would set `pid` while another is about to
-    pid = 0  # so that the child looks from its first instruction on: others' at-fork functions may run before ours
+    pid = -1  # so that the child looks from its first instruction on: others' at-fork functions may run before ours
 
 
 def _after_fork() -> None:
