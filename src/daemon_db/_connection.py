@@ -125,16 +125,18 @@ class Shared:
 class ThreadConnection:
     """A connection, and what its thread must know to close it. It is freed by its `close()` and by nothing else."""
 
-    def __init__(self, place: Place, timeout: float, shared: Shared) -> None:
+    def __init__(self, place: Place, timeout: float, shared: Shared, opened: "set[ThreadConnection]") -> None:
         self.shared = shared
         self._place = place
         self.transaction: weakref.ref[GeneratorType[Any, Any, Any]] | None = None
         """What runs a transaction on it, until that is committed or rolled back."""
-        self._references = 0
         _held[self] = place.id or place.real_path
         try:
             self.conn = sqlite3.connect(place.uri(), timeout=timeout, isolation_level=None, uri=True)
+            self._references = self._count_references()
+            opened.add(self)  # here: a signal's exception may keep the caller from getting it
         except BaseException:
+            opened.discard(self)
             del _held[self]
             raise
 
@@ -221,8 +223,7 @@ class ThreadConnections(dict[Shared, ThreadConnection]):
 
     def open(self, place: Place, timeout: float, shared: Shared) -> ThreadConnection:
         self.close_unused()
-        own = ThreadConnection(place, timeout, shared)
-        self._opened.add(own)
+        own = ThreadConnection(place, timeout, shared, self._opened)
         try:
             own.keep()
         except BaseException:

@@ -123,8 +123,8 @@ class DB:
         opens a connection, or asks this `DB` for one. Don't call it from a signal handler or an SQL function: to close
         a connection in the middle of its statement crashes Python.
         """
-        self._finalizer.detach()
         self._shared.close()
+        self._finalizer.detach()  # last: what a signal's exception keeps the above from doing, it does
 
     def __enter__(self) -> Self:
         return self
@@ -228,8 +228,11 @@ class DB:
 
 def _drop(shared: Shared, path: str) -> None:
     """What becomes of a `DB` that is not closed: said as files say it."""
-    if not shared.is_inherited():
-        shared.drop()
+    if shared.is_inherited():
+        return
+    is_unclosed = shared.open_in
+    shared.drop()
+    if is_unclosed:
         warnings.warn(f"unclosed database {path!r}", ResourceWarning, stacklevel=2)
 
 
