@@ -339,9 +339,9 @@ def truncate_wal(conn: sqlite3.Connection) -> bool:
     cursor = conn.cursor()
     cursor.row_factory = None  # the caller's may make anything of a row
     (timeout,) = cursor.execute("PRAGMA busy_timeout").fetchone()
-    cursor.execute("PRAGMA busy_timeout=0")
-    deadline = time.monotonic() + _PATIENCE
     try:
+        cursor.execute("PRAGMA busy_timeout=0")  # in here, where a signal's exception can't keep it so
+        deadline = time.monotonic() + _PATIENCE
         while True:
             (busy, _, _) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             if not busy or time.monotonic() >= deadline:
