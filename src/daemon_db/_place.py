@@ -123,6 +123,8 @@ class File:
         """Remember which file SQLite has created."""
         if self.id is None:
             self.id = self._find()
+            if self.id is None:
+                raise OpenError(self.path, "removed while it was opened")
             self._mode = "rw"
 
     def refuse_other(self) -> None:
