@@ -366,7 +366,7 @@ def test_progress_on_a_terminal_and_an_interrupt_in_the_middle(slow: Path) -> No
         piped = check(slow, stderr=subprocess.PIPE)  # first, so that it is at least as far
         shown = check(slow, stderr=terminal.its)
         try:
-            terminal.read_until(f"checking {slow}: 2 s")
+            terminal.read_until(f"reading {slow}: 2 s")
             shown.send_signal(signal.SIGINT)
             assert end(shown) == ("", None)
             terminal.read_until("interrupted\r\n")
@@ -382,7 +382,7 @@ def test_progress_on_a_terminal_and_an_interrupt_in_the_middle(slow: Path) -> No
     clear = "\r\x1b[K"
     lines = terminal.shown.split(clear)
     assert (lines[0], lines[-1]) == ("", "daemon_db: interrupted\r\n")
-    seconds = [int(line.removeprefix(f"checking {slow}: ").removesuffix(" s")) for line in lines[1:-1]]
+    seconds = [int(line.removeprefix(f"reading {slow}: ").removesuffix(" s")) for line in lines[1:-1]]
     assert seconds == sorted(set(seconds))
     assert seconds[0] >= 1
     assert files_in(slow.parent) == before
