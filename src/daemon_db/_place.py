@@ -31,10 +31,12 @@ class File:
 
     def examine(self) -> None:
         """Raise `OpenError` for what SQLite would refuse in fewer words, or take for a database although it is none."""
+        # Before 3.39, SQLite simplifies "link/.." by its text; the operating system goes where the link leads.
+        if "/.." in self.path:
+            self.real_path = os.path.realpath(self.path)
         try:
             status = os.lstat(self.path)
-            # Before 3.39, SQLite simplifies "link/.." by its text; the operating system goes where the link leads.
-            if stat.S_ISLNK(status.st_mode) or "/.." in self.path:
+            if stat.S_ISLNK(status.st_mode):
                 self.real_path = os.path.realpath(self.path)
                 status = os.stat(self.path)
         except OSError as error:
