@@ -9,6 +9,8 @@ import pytest
 from daemon_db import DB
 from support import LIMIT, insert_run, open_files
 
+SHARED = pytest.mark.skipif(sqlite3.sqlite_version_info < (3, 36), reason="shares no database in memory")
+
 
 @pytest.mark.parametrize("error", [ValueError("no"), sqlite3.OperationalError("no"), KeyboardInterrupt()])
 @pytest.mark.parametrize("path", ["db", ":memory:"])
@@ -31,7 +33,7 @@ def test_its_error_goes_on_and_the_connection_is_closed(
         connections[0].execute("SELECT 1")
 
 
-@pytest.mark.parametrize("path", ["db", ":memory:"])
+@pytest.mark.parametrize("path", ["db", pytest.param(":memory:", marks=SHARED)])
 def test_of_a_later_thread(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread can ask again, and the other threads' connections stay."""
     monkeypatch.chdir(tmp_path)
