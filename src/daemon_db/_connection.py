@@ -328,6 +328,14 @@ It waits for those of the WAL, and then for those that have begun meanwhile: for
 """
 
 
+def let_wal_shrink(conn: sqlite3.Connection) -> None:
+    """When this connection next begins the WAL anew, after the last reader of the old one, it gives the disk back.
+
+    SQLite leaves the file as big as it was (https://sqlite.org/pragma.html#pragma_journal_size_limit).
+    """
+    conn.execute(f"PRAGMA journal_size_limit={WAL_LIMIT}")
+
+
 def truncate_wal(conn: sqlite3.Connection) -> bool:
     """Checkpoint all of the WAL, and empty it. False: a reader was in the way.
 

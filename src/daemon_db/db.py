@@ -215,7 +215,9 @@ class DB:
         size = self._place.wal_size()
         if size <= _connection.WAL_LIMIT:
             self._wal_limit = _connection.WAL_LIMIT
-        elif size > self._wal_limit:
+            return
+        _connection.let_wal_shrink(conn)
+        if size > self._wal_limit:
             self._wal_limit = 2 * size
             try:
                 if _connection.truncate_wal(conn):
