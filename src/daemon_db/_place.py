@@ -88,10 +88,11 @@ class File:
     def _examine_to_write(self) -> None:
         if not _allowed(self.path, os.R_OK | os.W_OK):
             raise OpenError(self.path, "permission denied: the file is not readable and writable by this user")
-        for name in self._beside("-wal", "-shm", "-journal"):
+        there = self._beside("-wal", "-shm")
+        for name in (*there, *self._beside("-journal")):
             if _forbidden(name, os.R_OK | os.W_OK):  # SQLite opens a WAL all the same, and fails at the first write
                 raise OpenError(self.path, f"permission denied: {name} is not readable and writable by this user")
-        if len(self._beside("-wal", "-shm")) < 2:
+        if len(there) < 2:
             self._refuse_unwritable_directory()
 
     def _beside(self, *suffixes: str) -> list[str]:
