@@ -95,9 +95,12 @@ class DB:
         """
         shared = self._shared
         if shared.open_in == _connection.pid:
-            own = thread.connections.get(shared)
-            if own is not None and own.transaction is None:
-                return own.conn
+            try:
+                own = thread.connections[shared]  # quicker than get() on a subclass of dict
+                if own.transaction is None:
+                    return own.conn
+            except KeyError:
+                pass
         return self._own().conn  # which finds out what is different
 
     def transaction(self) -> "Transaction":
