@@ -1,6 +1,6 @@
 """How fast daemon_db is, beside a plain recipe that does the same with `sqlite3` alone.
 
-    PYTHONPATH=src python tests/benchmark.py            all of it, in eight minutes
+    PYTHONPATH=src python tests/benchmark.py            all of it, in ten minutes
     PYTHONPATH=src python tests/benchmark.py --quick    in one minute: fewer measurements, at most 100,000 events
     PYTHONPATH=src python tests/benchmark.py --json     the same as JSON, in seconds and bytes
     PYTHONPATH=src python tests/benchmark.py --svg      also draw the appends of 8 threads: tests/append-latency.svg
@@ -652,7 +652,7 @@ def chart(plain: list[float], ours: list[float]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="How fast daemon_db is, beside a plain recipe with sqlite3 alone.")
-    parser.add_argument("--quick", action="store_true", help="a minute instead of eight, at most 100,000 events")
+    parser.add_argument("--quick", action="store_true", help="a minute instead of ten, at most 100,000 events")
     parser.add_argument("--json", action="store_true", help="write JSON, in seconds and bytes, instead of the tables")
     parser.add_argument("--svg", nargs="?", const=CHART, metavar="PATH", help="also draw the appends of 8 threads")
     arguments = parser.parse_args()
