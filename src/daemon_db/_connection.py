@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import logging
 import os
 import sqlite3
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 
 from ._place import FileId, Memory, Place
 from .errors import REPLACED, OpenError, is_busy
+
+_log = logging.getLogger("daemon_db")
 
 # The process
 
@@ -328,21 +331,45 @@ It waits for those of the WAL, and then for those that have begun meanwhile: for
 """
 
 
-def let_wal_shrink(conn: sqlite3.Connection) -> None:
-    """When this connection next begins the WAL anew, after the last reader of the old one, it gives the disk back.
+class Wal:
+    """Keeps a file's WAL from growing for ever.
 
-    SQLite leaves the file as big as it was (https://sqlite.org/pragma.html#pragma_journal_size_limit).
+    SQLite begins the WAL anew only where no reader needs any of it, and readers that overlap keep it from that for
+    ever. In a checkpoint that empties it, new readers read the file itself, and the old ones are waited for
+    (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files).
     """
-    conn.execute(f"PRAGMA journal_size_limit={WAL_LIMIT}")
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._limit = WAL_LIMIT
+
+    def bound(self, conn: sqlite3.Connection) -> None:
+        """After a commit, for whoever has the turn: empty the WAL if it is too big. Where readers are in the way, say
+        so, and try again at twice the size.
+        """
+        size = self._place.wal_size()
+        if size <= WAL_LIMIT:
+            self._limit = WAL_LIMIT
+            return
+        # When this connection next begins the WAL anew, after the last reader of the old one, it gives the disk back.
+        conn.execute(f"PRAGMA journal_size_limit={WAL_LIMIT}")
+        if size <= self._limit:
+            return
+        self._limit = 2 * size
+        try:
+            if _truncate_wal(conn):
+                return
+            reason = "a reader is in the way: a SELECT half read, or a transaction left open, here or elsewhere"
+        except sqlite3.Error as error:  # the commit is made all the same
+            reason = str(error)
+        _log.warning("%s: the WAL has %d MB and can't be emptied: %s", self._place.path, size / 1e6, reason)
 
 
-def truncate_wal(conn: sqlite3.Connection) -> bool:
-    """Checkpoint all of the WAL, and empty it. False: a reader was in the way.
+def _truncate_wal(conn: sqlite3.Connection) -> bool:
+    """Whether a checkpoint could empty the WAL.
 
-    SQLite begins the WAL anew only where no reader needs any of it. Readers that overlap keep it from that for ever, so
-    here new ones read the file itself, and the old ones are waited for (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files).
-    Not by SQLite's busy handler: it may wait for one of the WAL's five read locks which new readers go on to share,
-    each of them up to date. A new checkpoint sees that they are, and doesn't wait for them.
+    It doesn't wait by SQLite's busy handler: that may wait for one of the WAL's five read locks which new readers go on
+    to share, each of them up to date. A new checkpoint sees that they are, and doesn't wait for them.
     """
     cursor = conn.cursor()
     cursor.row_factory = None  # the caller's may make anything of a row

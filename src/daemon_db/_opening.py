@@ -16,8 +16,7 @@ def open_first(place: Place, timeout: float, shared: Shared) -> ThreadConnection
     _connection.refuse_inherited(place)
     if isinstance(place, Memory) and place.is_shared:
         shared.anchor(place)
-    own = thread.connections.open(place, timeout, shared)
-    with closed_if_refused(own, place, timeout):
+    with connected(place, timeout, shared) as own:
         own.identify(place)
         missing = _schema.missing(own.conn, place.path)
         _connection.enforce_foreign_keys(own.conn)
@@ -38,12 +37,8 @@ def open_another(place: Place, timeout: float, shared: Shared) -> ThreadConnecti
         raise sqlite3.NotSupportedError(
             f"SQLite {sqlite3.sqlite_version} has a {place.path} database for one thread only; 3.36 shares it"
         )
-    try:
-        own = thread.connections.open(place, timeout, shared)
-    except sqlite3.OperationalError:
-        place.refuse_other()  # in better words, if that is the reason
-        raise
-    with closed_if_refused(own, place, timeout):
+    place.refuse_other()
+    with connected(place, timeout, shared) as own:
         _connection.refuse_other_mode(own.conn, place)
         place.refuse_other()  # only now is it certain which file, and which WAL, SQLite has opened
         _connection.enforce_foreign_keys(own.conn)
@@ -59,15 +54,18 @@ def refuse_incomplete(missing: tuple[_schema.Addition, ...], place: Place) -> No
 
 
 @contextlib.contextmanager
-def closed_if_refused(own: ThreadConnection, place: Place, timeout: float) -> Iterator[None]:
-    """On any error close the connection, and leave the file, and a killed process's WAL beside it, as they were."""
+def connected(place: Place, timeout: float, shared: Shared) -> Iterator[ThreadConnection]:
+    """A connection. Any error closes it, and leaves the file, and a killed process's WAL beside it, as they were."""
+    own = None
     try:
-        yield
+        own = thread.connections.open(place, timeout, shared)
+        yield own
     except BaseException as error:
-        # Before it is closed: that frees descriptors, and a lack of them may be what SQLite means.
+        # First, because to close it frees descriptors, and a lack of them may be what SQLite means.
         words = translated(error, place.path, timeout, place.read_only)
-        with _connection.wal_kept(place):  # whatever that one meets is on its way already
-            thread.connections.close(own)
-        if words:
+        if own is not None:
+            with _connection.wal_kept(place):
+                thread.connections.close(own)
+        if words is not None:
             raise words from error
         raise

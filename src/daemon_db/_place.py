@@ -46,12 +46,18 @@ class File:
             self._examine_file(status)
         if len(os.fsencode(self.real_path)) > _LONGEST_PATH:
             raise OpenError(self.path, f"a path of more than {_LONGEST_PATH} bytes is too long for SQLite")
+        self._examine_journal()
+
+    def _examine_journal(self) -> None:
+        journal = f"{self.real_path}-journal"
         try:
-            os.lstat(f"{self.real_path}-journal")
+            os.lstat(journal)
         except FileNotFoundError:
-            pass
-        except OSError as too_long:
-            raise OpenError(self.path, f"{too_long.strerror}, with the -journal that SQLite adds") from too_long
+            return
+        except OSError as error:
+            raise OpenError(self.path, f"{error.strerror}, with the -journal that SQLite adds") from error
+        if not self.read_only:
+            self._refuse_forbidden(journal, os.R_OK | os.W_OK)
 
     def _examine_absence(self, error: OSError) -> None:
         parent = os.path.dirname(self.path)
@@ -89,11 +95,18 @@ class File:
         if not _allowed(self.path, os.R_OK | os.W_OK):
             raise OpenError(self.path, "permission denied: the file is not readable and writable by this user")
         there = self._beside("-wal", "-shm")
-        for name in (*there, *self._beside("-journal")):
-            if _forbidden(name, os.R_OK | os.W_OK):  # SQLite opens a WAL all the same, and fails at the first write
-                raise OpenError(self.path, f"permission denied: {name} is not readable and writable by this user")
+        for name in there:
+            self._refuse_forbidden(
+                name, os.R_OK | os.W_OK
+            )  # SQLite opens it all the same, and fails at the first write
         if len(there) < 2:
             self._refuse_unwritable_directory()
+
+    def _refuse_forbidden(self, name: str, mode: int) -> None:
+        # Asked again, because other processes make and remove these files.
+        if not _allowed(name, mode) and os.access(name, os.F_OK) and not _allowed(name, mode):
+            rights = "readable and writable" if mode & os.W_OK else "readable"
+            raise OpenError(self.path, f"permission denied: {name} is not {rights} by this user")
 
     def _beside(self, *suffixes: str) -> list[str]:
         """Those of SQLite's files that there are."""
@@ -108,8 +121,7 @@ class File:
         if not _allowed(self.path, os.R_OK):
             raise OpenError(self.path, "permission denied: the file is not readable by this user")
         for name in self._beside("-wal", "-shm"):
-            if _forbidden(name, os.R_OK):
-                raise OpenError(self.path, f"permission denied: {name} is not readable by this user")
+            self._refuse_forbidden(name, os.R_OK)
         # A connection that can't write leaves behind the -wal and the -shm that it needs. One that can and doesn't
         # removes them, so it is better where there is no journal that it would play back or checkpoint.
         writable = _allowed(self.path, os.W_OK) and _allowed(os.path.dirname(self.real_path), os.W_OK | os.X_OK)
@@ -208,8 +220,3 @@ def _allowed(path: str, mode: int) -> bool:
     # Asked, not tried: closing any descriptor of the file drops all locks of this process on it
     # (https://sqlite.org/howtocorrupt.html, 2.2).
     return os.access(path, mode, effective_ids=_EFFECTIVE_IDS)
-
-
-def _forbidden(path: str, mode: int) -> bool:
-    """Whether it is there, and not allowed. Other processes may make and remove it in between."""
-    return not _allowed(path, mode) and os.access(path, os.F_OK) and not _allowed(path, mode)

@@ -1,7 +1,6 @@
 """`DB`: one database for all threads of a daemon. Each has a connection of its own; in writing they take turns."""
 
 import functools
-import logging
 import os
 import sqlite3
 import warnings
@@ -11,15 +10,13 @@ from types import TracebackType
 from typing import Any, Never, Self
 
 from . import _connection, _opening, _place
-from ._connection import Shared, ThreadConnection, thread
+from ._connection import Shared, ThreadConnection, Wal, thread
 from ._place import Place
-from .errors import locked, translated
+from .errors import locked
 
 _LONGEST_TIMEOUT = 2_147_483  # SQLite counts milliseconds in 32 bits: more would turn negative, and that means no wait
 
 _CLOSED = "Cannot operate on a closed database."  # in sqlite3's words
-
-_log = logging.getLogger("daemon_db")
 
 
 class DB:
@@ -62,26 +59,22 @@ class DB:
         if not 0 <= timeout <= _LONGEST_TIMEOUT:
             raise ValueError(f"timeout must be from 0 to {_LONGEST_TIMEOUT} seconds, not {timeout!r}")
         db = cls.__new__(cls)
-        db._place = _place.locate(path, read_only)
-        db.path = db._place.path
-        db._timeout = float(timeout)
-        db._on_connect = on_connect
-        db._shared = Shared()
-        db._wal_limit = _connection.WAL_LIMIT
-        db._finalizer = weakref.finalize(db, _drop, db._shared, db.path)
-        try:
-            db._connect(_opening.open_first)
-        except BaseException:
-            db.close()
-            raise
+        db._open(_place.locate(path, read_only), float(timeout), on_connect)
         return db
 
-    _place: Place
-    _timeout: float
-    _on_connect: Callable[[sqlite3.Connection], object] | None
-    _shared: Shared
-    _wal_limit: int
-    _finalizer: "weakref.finalize[Any, Self]"
+    def _open(self, place: Place, timeout: float, on_connect: Callable[[sqlite3.Connection], object] | None) -> None:
+        self.path = place.path
+        self._place = place
+        self._timeout = timeout
+        self._on_connect = on_connect
+        self._shared = Shared()
+        self._wal = Wal(place)
+        self._finalizer = weakref.finalize(self, _drop, self._shared, self.path)
+        try:
+            self._connect(_opening.open_first)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def conn(self) -> sqlite3.Connection:
@@ -93,15 +86,10 @@ class DB:
         Raises `sqlite3.ProgrammingError` after `close()` and in a forked child (https://sqlite.org/howtocorrupt.html,
         2.6). A thread's first use raises what `open` raises, for instance if the file was removed or replaced.
         """
-        shared = self._shared
-        if shared.open_in == _connection.pid:
-            try:
-                own = thread.connections[shared]  # quicker than get() on a subclass of dict
-                if own.transaction is None:
-                    return own.conn
-            except KeyError:
-                pass
-        return self._own().conn  # which finds out what is different
+        own = thread.connections.get(self._shared)
+        if own is None or own.transaction is not None or self._shared.open_in != _connection.pid:
+            own = self._own()  # which finds out what is to be done, or to be refused
+        return own.conn
 
     def transaction(self) -> "Transaction":
         """One write transaction: `with db.transaction() as conn:`, where `conn` is the calling thread's connection.
@@ -168,12 +156,7 @@ class DB:
 
     def _connect(self, open_connection: Callable[[Place, float, Shared], ThreadConnection]) -> ThreadConnection:
         """Make what `open_connection` returns the calling thread's connection."""
-        try:
-            own = open_connection(self._place, self._timeout, self._shared)
-        except (sqlite3.Error, UnicodeDecodeError) as error:
-            if words := translated(error, self.path, self._timeout, self._place.read_only):
-                raise words from error
-            raise
+        own = open_connection(self._place, self._timeout, self._shared)
         try:
             if self._on_connect is not None:
                 self._on_connect(own.conn)
@@ -201,7 +184,7 @@ class DB:
             self._refuse_fork()
             conn.execute("COMMIT")
             self._place.refuse_other()
-            self._bound_wal(conn)
+            self._wal.bound(conn)
             own.end_transaction()
         except BaseException as error:
             self._roll_back(own, error)
@@ -214,23 +197,6 @@ class DB:
             error.add_note(f"ROLLBACK failed, too: {second}")
             if thread.connections.get(self._shared) is own:  # else it is another thread's, to be rolled back there
                 thread.connections.close(own)
-
-    def _bound_wal(self, conn: sqlite3.Connection) -> None:
-        """Keep readers that overlap from letting the WAL grow for ever. For whoever has the turn, after a commit."""
-        size = self._place.wal_size()
-        if size <= _connection.WAL_LIMIT:
-            self._wal_limit = _connection.WAL_LIMIT
-            return
-        _connection.let_wal_shrink(conn)
-        if size > self._wal_limit:
-            self._wal_limit = 2 * size
-            try:
-                if _connection.truncate_wal(conn):
-                    return
-                reason = "a reader is in the way: a SELECT half read, or a transaction left open, here or elsewhere"
-            except sqlite3.Error as error:  # the commit is made all the same
-                reason = str(error)
-            _log.warning("%s: the WAL has %d MB and can't be emptied: %s", self.path, size / 1e6, reason)
 
 
 def _drop(shared: Shared, path: str) -> None:
