@@ -439,6 +439,19 @@ class TestForbidden:
         assert output == f"{BESIDE_FORBIDDEN.format(path=path) % suffix}\n"
         assert files_in(public) == before
 
+    def test_beside_a_daemon_the_directory_need_not_be_writable(self, change: str, public: Path) -> None:
+        """Its WAL is there, and stays there."""
+        path = public / "directory" / "db"
+        path.parent.mkdir()
+        with DB.open(path) as daemon:
+            insert_run(daemon.conn)
+            for file in path.parent.iterdir():
+                file.chmod(0o666)
+            path.parent.chmod(0o555)
+            assert run_unprivileged(OPEN_AND_INSERT, path, change=change) == "opened\n"
+            path.parent.chmod(0o755)
+            assert daemon.conn.execute("SELECT count(*) FROM runs").fetchone() == (0,)
+
     @pytest.mark.parametrize("make", [make_wal, make_rollback, make_killed, make_hot])
     def test_what_is_allowed(self, make: Callable[[Path], object], change: str, public: Path) -> None:
         path = public / "directory" / "db"
@@ -448,6 +461,29 @@ class TestForbidden:
             file.chmod(0o666)
         path.parent.chmod(0o777)
         assert run_unprivileged(OPEN_AND_INSERT, path, change=change) == "opened\n"
+
+
+def test_a_wal_that_comes_and_goes_is_not_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process closes, and opens again, just while it is looked at. It is there at the first look."""
+    wal = tmp_path / "db-wal"
+    looks = []
+    access = os.access
+
+    def look(path: str, mode: int, **options: bool) -> bool:
+        if path == str(wal):
+            looks.append(mode)
+            if len(looks) == 2:
+                wal.unlink()
+            if len(looks) == 3:
+                wal.touch()
+        return access(path, mode, **options)
+
+    make_wal(tmp_path / "db")
+    wal.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", look)
+        DB.open(tmp_path / "db").close()
+    assert len(looks) > 3
 
 
 def beside_nothing(path: Path) -> None:

@@ -200,7 +200,6 @@ def locate(path: str | os.PathLike[str], read_only: bool) -> Place:
         raise TypeError(f"path must be str or os.PathLike[str], not {type(path).__name__}")
     if not name or "\0" in name:
         raise ValueError(f"path must be a file name, not {name!r}")
-    os.fsencode(name)
     if name == MEMORY:
         if read_only:
             raise ValueError(f"read_only is for files: a {MEMORY} database begins empty")
