@@ -38,12 +38,16 @@ def open_another(place: Place, timeout: float, shared: Shared) -> ThreadConnecti
             f"SQLite {sqlite3.sqlite_version} has a {place.path} database for one thread only; 3.36 shares it"
         )
     place.refuse_other()
-    with connected(place, timeout, shared) as own:
-        _connection.refuse_other_mode(own.conn, place)
-        place.refuse_other()  # only now is it certain which file, and which WAL, SQLite has opened
-        _connection.enforce_foreign_keys(own.conn)
-        if place.read_only:
-            _connection.forbid_writing(own.conn)
+    try:
+        with connected(place, timeout, shared) as own:
+            _connection.refuse_other_mode(own.conn, place)
+            place.refuse_other()  # only now is it certain which file, and which WAL, SQLite has opened
+            _connection.enforce_foreign_keys(own.conn)
+            if place.read_only:
+                _connection.forbid_writing(own.conn)
+    except sqlite3.OperationalError:
+        place.refuse_other()  # in better words, if that is the reason: SQLite's may be "disk I/O error"
+        raise
     return own
 
 
