@@ -256,10 +256,12 @@ def _leave(
 ) -> None:
     """Let `steps` go on after its `yield`, or raise `error` there."""
     if error is None:
-        if steps().gi_frame is None:
+        if steps() is None or steps().gi_frame is None:
             raise sqlite3.ProgrammingError(_CLOSED)  # by the block itself
         next(steps(), None)
         return
+    if steps() is None:
+        return  # the garbage collector has them both, and clears references first: it ends the steps themselves, too
     try:
         steps().throw(error)
     except BaseException as raised:
