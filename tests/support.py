@@ -11,12 +11,17 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import daemon_db
 from daemon_db import DB, _schema
+
+Result = TypeVar("Result")
 
 # So that child processes find what the tests find, in whatever directory they are, and fail by `assert`; and so that
 # they buffer their output, as a program does by itself.
@@ -238,3 +243,35 @@ CHANGES = ["setuid", "seteuid"] if os.geteuid() == 0 else ["as it is"]
 def run_unprivileged(code: str, *arguments: object, change: str = "setuid") -> str:
     """Run Python on `code` as a user with no rights but everybody's, or else as the one who runs the tests."""
     return run(UNPRIVILEGED + code, change, *arguments)
+
+
+# Threads
+
+
+def in_thread(function: Callable[[], Result]) -> Result:
+    """What `function` returns or raises in a thread that has then ended."""
+    future: Future[Result] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    join(thread)
+    return future.result(0)
+
+
+def join(*threads: threading.Thread) -> None:
+    """Wait for the end of `threads`."""
+    for thread in threads:
+        thread.join(LIMIT)
+        if thread.is_alive():
+            raise AssertionError(f"{thread} goes on")
+
+
+def wait_for(event: threading.Event) -> None:
+    if not event.wait(LIMIT):
+        raise AssertionError("waited in vain")

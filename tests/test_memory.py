@@ -1,0 +1,149 @@
+"""`DB.open(":memory:")`: one database for all threads of a `DB`, and for nobody else."""
+
+import gc
+import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from daemon_db import DB
+from support import LIMIT, append_event, in_thread, insert_run, rounds, run
+
+shares_memory = pytest.mark.skipif(
+    sqlite3.sqlite_version_info < (3, 36), reason="SQLite before 3.36 has no memory database for several threads"
+)
+
+
+def runs(db: DB) -> list[str]:
+    return [run_id for (run_id,) in db.conn.execute("SELECT id FROM runs ORDER BY id")]
+
+
+@shares_memory
+def test_it_is_its_own_threads_only() -> None:
+    with DB.open(":memory:") as db, DB.open(":memory:") as other:
+        insert_run(db.conn)
+        assert in_thread(lambda: runs(db)) == ["run-1"]
+        assert in_thread(lambda: runs(other)) == []
+
+
+@shares_memory
+def test_it_outlives_the_thread_that_opened_it() -> None:
+    """And the one that filled it, and any moment at which no thread has a connection."""
+    db = in_thread(lambda: DB.open(":memory:"))
+    in_thread(lambda: insert_run(db.conn))
+    gc.collect()
+    assert in_thread(lambda: runs(db)) == ["run-1"]
+    with db:
+        assert runs(db) == ["run-1"]
+
+
+def test_an_older_sqlite_refuses_it_to_a_second_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 35, 5))
+    with DB.open(":memory:") as db:
+        insert_run(db.conn)
+        with pytest.raises(sqlite3.NotSupportedError, match="3.36"):
+            in_thread(lambda: db.conn)
+        assert runs(db) == ["run-1"]
+
+
+@shares_memory
+def test_it_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with DB.open(":memory:") as db:
+        in_thread(lambda: insert_run(db.conn))
+        assert runs(db) == ["run-1"]
+        assert list(tmp_path.iterdir()) == []
+
+
+@shares_memory
+@pytest.mark.parametrize("end", ["db.close()", "del db", "in_thread(db.close)"])
+def test_it_is_gone_when_it_is_closed_or_dropped(end: str) -> None:
+    """Nothing holds the memory any more: who opens SQLite's name for it finds an empty database."""
+    code = f"""
+import gc, sqlite3, sys, warnings
+from daemon_db import DB
+from support import in_thread, insert_run
+
+def tables():
+    conn = sqlite3.connect(name, uri=True)
+    count = conn.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    conn.close()
+    return count
+
+warnings.simplefilter("ignore", ResourceWarning)
+names = []
+sys.addaudithook(lambda event, arguments: names.append(arguments[0]) if event == "sqlite3.connect" else None)
+db = DB.open(":memory:")
+name = next(name for name in names if "memdb" in str(name))
+insert_run(db.conn)
+in_thread(lambda: db.conn)
+assert tables() > 3
+{end}
+DB.open(":memory:").close()  # when this thread closes what another thread closed the DB of
+assert tables() == 0
+"""
+    run(code)
+
+
+@shares_memory
+def test_threads_take_turns_in_it() -> None:
+    each = rounds(50, 2000)
+
+    def append() -> None:
+        for _ in range(each):
+            with db.transaction() as conn:
+                append_event(conn)
+
+    with DB.open(":memory:", timeout=LIMIT) as db:
+        insert_run(db.conn)
+        with ThreadPoolExecutor(8) as pool:
+            for future in [pool.submit(append) for _ in range(8)]:
+                future.result(LIMIT)
+        assert db.conn.execute("SELECT count(*), max(sequence) FROM events").fetchone() == (8 * each, 8 * each)
+
+
+@shares_memory
+def test_two_threads_that_close_it_at_once() -> None:
+    """`Connection.close` isn't made for two at once: without the GIL that would crash the interpreter."""
+    code = """
+import sys, threading
+from daemon_db import DB
+from support import LIMIT, join
+
+def close(db, barrier):
+    db.conn.execute("SELECT 1").fetchone()
+    barrier.wait(LIMIT)
+    db.close()
+
+for _ in range(int(sys.argv[1])):
+    db, barrier = DB.open(":memory:"), threading.Barrier(4)
+    threads = [threading.Thread(target=close, args=(db, barrier), daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    join(*threads)
+    db.close()
+"""
+    run(code, rounds(200, 20_000))
+
+
+@shares_memory
+def test_a_thread_that_has_it_open_may_go_on_when_another_closes_it() -> None:
+    inserted, closed = threading.Event(), threading.Event()
+
+    def work() -> list[tuple[str]]:
+        with db.transaction() as conn:
+            insert_run(conn, "run-2")
+            inserted.set()
+            assert closed.wait(LIMIT)
+        return conn.execute("SELECT id FROM runs ORDER BY id").fetchall()
+
+    db = DB.open(":memory:")
+    insert_run(db.conn)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        assert inserted.wait(LIMIT)
+        db.close()
+        closed.set()
+        assert future.result(LIMIT) == [("run-1",), ("run-2",)]

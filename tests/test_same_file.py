@@ -1,0 +1,327 @@
+"""A `DB` is to one file: once that is removed or replaced, no commit is acknowledged and no later connection made."""
+
+import os
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from daemon_db import DB, OpenError
+from support import LIMIT, append_event, in_thread, insert_run, make_wal, open_files, rounds, run, wait_for
+
+GONE = "removed or replaced since this DB was opened"
+
+
+def runs(db: DB) -> list[str]:
+    return [run_id for (run_id,) in db.conn.execute("SELECT id FROM runs ORDER BY id")]
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def remove_all(file: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        os.remove(f"{file}{suffix}")
+
+
+def move_away(file: Path) -> None:
+    file.rename(file.with_name("moved.db"))
+
+
+def move_the_directory_away(file: Path) -> None:
+    file.parent.rename(file.parent.with_name("moved"))
+
+
+def put_another_in_its_place(file: Path) -> None:
+    make_wal(file.with_name("backup.db"))
+    file.with_name("backup.db").replace(file)
+
+
+def link_to_a_copy(file: Path) -> None:
+    copy = shutil.copyfile(file, file.with_name("copy.db"))
+    file.unlink()
+    file.symlink_to(copy)
+
+
+changes = pytest.mark.parametrize(
+    "change", [remove, remove_all, move_away, move_the_directory_away, put_another_in_its_place, link_to_a_copy]
+)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data" / "daemon.db"
+
+
+# Later connections
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_a_later_connection_is_to_the_same_file_or_none(change: str, tmp_path: Path) -> None:
+    file = tmp_path / "daemon.db"
+    with DB.open(file) as db:
+        insert_run(db.conn)
+        db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        file.rename(tmp_path / "moved.db")
+        if change == "replaced":
+            with DB.open(file) as other:
+                insert_run(other.conn, "run-2")
+        with pytest.raises(OpenError, match=GONE):
+            in_thread(lambda: db.conn)
+        assert file.exists() == (change == "replaced")
+        (tmp_path / "moved.db").rename(file)
+        assert in_thread(lambda: runs(db)) == ["run-1"]
+
+
+@changes
+def test_ten_refused_connections_leave_no_file_open(change: Callable[[Path], None], file: Path) -> None:
+    def ask() -> list[int]:
+        opened = []
+        for _ in range(10):
+            with pytest.raises(OpenError, match=GONE):
+                _ = db.conn
+            opened.append(len(open_files()))
+        return opened
+
+    before = open_files()
+    with DB.open(file) as db:
+        insert_run(db.conn)
+        change(file)
+        with ThreadPoolExecutor(1) as pool:
+            opened = pool.submit(ask).result(LIMIT)
+            assert opened == opened[:1] * 10
+    assert open_files() == before
+
+
+def test_a_connection_has_its_own_files_wal_from_the_beginning(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "other").mkdir()
+
+    def work() -> list[object]:
+        conn = db.conn
+        connected.set()
+        wait_for(replaced)
+        return conn.execute("SELECT id FROM runs").fetchall()
+
+    connected, replaced = threading.Event(), threading.Event()
+    with (
+        DB.open(tmp_path / "other" / "daemon.db") as other,
+        DB.open(tmp_path / "data" / "daemon.db") as db,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        insert_run(other.conn, "run-2")
+        insert_run(db.conn)
+        future = pool.submit(work)
+        wait_for(connected)
+        (tmp_path / "data").rename(tmp_path / "old")
+        (tmp_path / "other").rename(tmp_path / "data")
+        replaced.set()
+        assert future.result(LIMIT) == [("run-1",)]
+
+
+def test_a_file_replaced_by_one_with_its_inode(tmp_path: Path) -> None:
+    """As may be, once no connection holds the file: here a zero-length one, which is another's or nobody's."""
+    file = tmp_path / "daemon.db"
+    db = in_thread(lambda: DB.open(file))
+    file.write_bytes(b"")  # the same inode for certain
+    with db, pytest.raises(OpenError, match=GONE):
+        _ = db.conn
+    assert file.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["os.rename(path, path + '-moved')", "os.rename(path, path + '-moved'); DB.open(path).close()", "os.remove(path)"],
+)
+def test_a_file_replaced_while_a_later_connection_is_opened(change: str, tmp_path: Path) -> None:
+    """At the moment when SQLite has opened it, which Python's audit event tells."""
+    code = f"""
+import os, sys
+from daemon_db import DB, OpenError
+from support import in_thread, insert_run
+
+path, events = sys.argv[1], []
+
+def hook(event, arguments):
+    if event == "sqlite3.connect/handle" and armed:
+        armed.clear()
+        {change}
+        events.append("changed")
+
+def ask():
+    armed.append(True)
+    try:
+        db.conn
+    except OpenError as error:
+        assert "removed or replaced since" in str(error), error
+        events.append("refused")
+
+armed = []
+sys.addaudithook(hook)
+with DB.open(path) as db:
+    insert_run(db.conn)
+    db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    in_thread(ask)
+    assert events == ["changed", "refused"], events
+"""
+    run(code, tmp_path / "daemon.db")
+
+
+def test_a_file_removed_while_it_is_created(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from daemon_db import DB, OpenError
+from support import insert_run, open_files
+
+path, events = sys.argv[1], []
+
+def hook(event, arguments):
+    if event == "sqlite3.connect/handle" and armed:
+        armed.clear()
+        os.remove(path)
+        events.append("removed")
+
+before = open_files()
+armed = [True]
+sys.addaudithook(hook)
+try:
+    with DB.open(path) as db, db.transaction() as conn:
+        insert_run(conn)
+    events.append("acknowledged")
+except OpenError as error:
+    assert "removed while it was opened" in str(error), error
+    events.append("refused")
+assert events == ["removed", "refused"], events
+assert open_files() == before
+"""
+    run(code, tmp_path / "daemon.db")
+
+
+def test_a_daemon_may_change_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with DB.open("daemon.db") as db:
+        insert_run(db.conn)
+        os.chdir("/")
+        assert in_thread(lambda: runs(db)) == ["run-1"]
+        with db.transaction() as conn:
+            insert_run(conn, "run-2")
+
+
+# Transactions
+
+
+@changes
+def test_a_transaction_does_not_begin(change: Callable[[Path], None], file: Path) -> None:
+    begun = []
+    with DB.open(file) as db:
+        insert_run(db.conn)
+        change(file)
+        for _ in range(2):
+            with pytest.raises(OpenError, match=GONE), db.transaction():
+                begun.append(True)
+        assert not db.conn.in_transaction
+        # nor has it kept its turn
+        with pytest.raises(OpenError, match=GONE):
+            in_thread(db.transaction().__enter__)
+    assert begun == []
+
+
+@changes
+def test_a_transaction_in_whose_block_the_file_vanishes_is_not_acknowledged(
+    change: Callable[[Path], None], file: Path
+) -> None:
+    with DB.open(file) as db:
+        insert_run(db.conn)
+        with pytest.raises(OpenError, match=GONE), db.transaction() as conn:
+            append_event(conn)
+            change(file)
+            append_event(conn)
+        assert not db.conn.in_transaction
+        with pytest.raises(OpenError, match=GONE), db.transaction():
+            pass
+
+
+def test_the_error_of_the_block_is_seen_although_the_file_is_gone(file: Path) -> None:
+    with DB.open(file) as db, pytest.raises(ValueError, match="the block's"), db.transaction() as conn:
+        insert_run(conn)
+        file.unlink()
+        raise ValueError("the block's")
+
+
+def test_a_file_that_is_put_back_is_used_again(file: Path) -> None:
+    with DB.open(file) as db:
+        file.rename(file.with_name("moved.db"))
+        with pytest.raises(OpenError, match=GONE), db.transaction():
+            pass
+        file.with_name("moved.db").rename(file)
+        with db.transaction() as conn:
+            insert_run(conn)
+        assert in_thread(lambda: runs(db)) == ["run-1"]
+
+
+def test_a_path_that_is_a_link(tmp_path: Path) -> None:
+    """It may be moved, as long as it leads to the same file."""
+    (tmp_path / "data").mkdir()
+    link = tmp_path / "daemon.db"
+    link.symlink_to("data/daemon.db")
+    with DB.open(link) as db:
+        link.unlink()
+        link.symlink_to(tmp_path / "data" / "daemon.db")
+        with db.transaction() as conn:
+            insert_run(conn)
+        link.unlink()
+        link.symlink_to("data/another.db")
+        with pytest.raises(OpenError, match=GONE), db.transaction():
+            pass
+    assert sorted(os.listdir(tmp_path / "data")) == ["daemon.db"]
+
+
+@pytest.mark.parametrize("change", [remove, remove_all, put_another_in_its_place])
+def test_eight_writers_and_no_commit_acknowledged_after_the_change(change: Callable[[Path], None], file: Path) -> None:
+    def write() -> OpenError | None:
+        """Until one is refused. The error, or None for a commit that was acknowledged though made after the change."""
+        while True:
+            is_after = False
+            try:
+                with db.transaction() as conn:
+                    append_event(conn)
+                    is_after = changed.is_set()
+            except OpenError as error:
+                return error
+            if is_after:
+                return None
+            appended.release()
+
+    for _ in range(rounds(5, 300)):
+        appended, changed = threading.Semaphore(0), threading.Event()
+        with DB.open(file, timeout=LIMIT, on_connect=lambda conn: conn.execute("PRAGMA synchronous=OFF")) as db:
+            with db.transaction() as conn:
+                insert_run(conn)
+            with ThreadPoolExecutor(8) as pool:
+                futures = [pool.submit(write) for _ in range(8)]
+                for _ in range(50):
+                    assert appended.acquire(timeout=LIMIT)
+                change(file)
+                changed.set()
+                errors = [str(future.result(LIMIT)) for future in futures]
+        assert all(GONE in error for error in errors), errors
+        for name in os.listdir(file.parent):
+            (file.parent / name).unlink()
+
+
+def test_what_read_only_sees_of_a_removed_file_stays_readable_and_no_new_thread_joins(tmp_path: Path) -> None:
+    make_wal(tmp_path / "daemon.db")
+    with DB.open(tmp_path / "daemon.db", read_only=True) as db:
+        assert runs(db) == ["run-1"]
+        (tmp_path / "daemon.db").unlink()
+        assert runs(db) == ["run-1"]
+        with pytest.raises(OpenError, match=GONE):
+            in_thread(lambda: db.conn)
+        with pytest.raises(sqlite3.OperationalError), db.transaction():
+            pass
