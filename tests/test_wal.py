@@ -1,31 +1,318 @@
-"""The WAL's size: bounded where readers overlap, and given back when one has kept it from shrinking."""
+"""The WAL stays bounded: readers that overlap can't make it grow for ever, and where one won't end, that is said."""
 
 import logging
 import os
 import sqlite3
-from contextlib import closing
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from daemon_db import DB, _connection
-from support import insert_run
+from support import LIMIT, append_event, end, in_thread, insert_run, rounds, start
+
+LOW = 1_000_000
+"""The limit for these tests, in bytes: a WAL is beyond it after five of `grow`'s transactions."""
 
 
-def test_the_disk_is_given_back_when_the_reader_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "daemon.db"
-    with DB.open(path) as db, closing(sqlite3.connect(path, isolation_level=None)) as reader:
+@pytest.fixture(autouse=True)
+def low_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_connection, "WAL_LIMIT", LOW)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "daemon.db"
+
+
+def configure(conn: sqlite3.Connection) -> None:
+    conn.execute("PRAGMA synchronous=OFF")
+
+
+@pytest.fixture
+def db(file: Path) -> Iterator[DB]:
+    with DB.open(file, on_connect=configure) as db:
         insert_run(db.conn)
-        reader.execute("BEGIN")
-        reader.execute("SELECT count(*) FROM runs").fetchone()
-        with caplog.at_level(logging.WARNING, "daemon_db"):
-            for _ in range(20):  # MB
-                with db.transaction() as conn:
-                    conn.execute("UPDATE runs SET config_json = randomblob(?)", (2**20,))
-        assert os.path.getsize(f"{path}-wal") > _connection.WAL_LIMIT
-        assert "can't be emptied: a reader is in the way" in caplog.text
-        reader.execute("COMMIT")
-        for number in range(4):  # far less than twice the size: the next attempt to empty it isn't due
+        insert_run(db.conn, "run-2")
+        yield db
+
+
+def wal_size(db: DB) -> int:
+    return os.stat(f"{db.path}-wal").st_size
+
+
+def grow(db: DB, size: int = 200_000) -> int:
+    """One transaction with so many bytes; the size of the WAL after it."""
+    with db.transaction() as conn:
+        conn.execute("UPDATE runs SET config_json = hex(randomblob(?)) WHERE id = 'run-1'", (size // 2,))
+    return wal_size(db)
+
+
+def grow_until(db: DB, done: Callable[[int], bool]) -> list[int]:
+    """The sizes, up to the one that is `done`."""
+    sizes = [grow(db)]
+    while not done(sizes[-1]):
+        assert len(sizes) < 200, sizes
+        sizes.append(grow(db))
+    return sizes
+
+
+def read_half(conn: sqlite3.Connection) -> sqlite3.Cursor:
+    cursor = conn.execute("SELECT id FROM runs ORDER BY id")
+    cursor.fetchone()
+    return cursor
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    for record in caplog.records:
+        assert (record.name, record.levelno) == ("daemon_db", logging.WARNING)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert _connection.WAL_LIMIT == 16 * 2**20
+
+
+def test_it_is_emptied_when_it_is_beyond_the_limit(db: DB, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        sizes = grow_until(db, lambda size: size == 0)
+        assert len(sizes) > 3
+        assert LOW / 2 < max(sizes) <= LOW
+    assert warnings_in(caplog) == []
+
+
+def test_below_the_limit_it_is_left_alone(db: DB, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that SQLite's own, which wait for nobody, do the work."""
+    monkeypatch.setattr(_connection, "_truncate_wal", lambda _: pytest.fail("not yet"))
+    while wal_size(db) < LOW - 300_000:
+        grow(db)
+
+
+def test_readers_that_overlap_do_not_let_it_grow(file: Path) -> None:
+    """At any moment one of two is in the middle of a SELECT: SQLite alone would never begin the WAL anew."""
+    times = rounds(100, 3000)
+    ended = threading.Event()
+    turns = [threading.Semaphore(1), threading.Semaphore(0)]
+
+    def read(number: int) -> None:
+        cursor = None
+        while not ended.is_set():
+            assert turns[number].acquire(timeout=LIMIT)
+            if cursor is not None:
+                cursor.close()
+            cursor = read_half(db.conn)
+            turns[1 - number].release()  # which now ends what it reads, and reads anew
+        turns[1 - number].release()
+
+    with DB.open(file, timeout=LIMIT, on_connect=configure) as db:
+        insert_run(db.conn)
+        insert_run(db.conn, "run-2")
+        with ThreadPoolExecutor(2) as pool:
+            reading = [pool.submit(read, number) for number in range(2)]
+            try:
+                sizes = [grow(db) for _ in range(times)]
+            finally:
+                ended.set()
+            for future in reading:
+                future.result(LIMIT)
+    assert max(sizes) < 4 * LOW, sizes
+    assert sizes.count(0) > times // 40, sizes
+
+
+# A reader that doesn't end
+
+
+@contextmanager
+def in_another_thread(db: DB) -> Iterator[None]:
+    cursors = []
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: cursors.append(read_half(db.conn))).result(LIMIT)
+        yield
+        pool.submit(cursors.clear).result(LIMIT)
+
+
+@contextmanager
+def in_this_thread(db: DB) -> Iterator[None]:
+    cursor = read_half(db.conn)
+    yield
+    cursor.close()
+
+
+@contextmanager
+def in_another_process(db: DB) -> Iterator[None]:
+    code = """
+import sqlite3, sys
+conn = sqlite3.connect(sys.argv[1])
+cursor = conn.execute("SELECT id FROM runs ORDER BY id")
+cursor.fetchone()
+print("reading", flush=True)
+sys.stdin.readline()
+cursor.close()
+conn.close()
+print("done", flush=True)
+"""
+    process = start(code, db.path)
+    try:
+        assert process.stdin and process.stdout
+        assert process.stdout.readline() == "reading\n"
+        yield
+        process.stdin.write("end\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "done\n"
+    finally:
+        assert end(process)[1] == ""
+
+
+@contextmanager
+def by_a_transaction(db: DB) -> Iterator[None]:
+    """One that only reads, in another connection of the thread's."""
+    conn = sqlite3.connect(db.path, isolation_level=None)
+    conn.execute("BEGIN")
+    conn.execute("SELECT count(*) FROM runs").fetchone()
+    yield
+    conn.execute("COMMIT")
+    conn.close()
+
+
+readers = pytest.mark.parametrize("reading", [in_another_thread, in_this_thread, in_another_process, by_a_transaction])
+
+
+@readers
+def test_a_reader_that_does_not_end_is_warned_of_each_time_the_size_has_doubled(
+    reading: Callable[[DB], AbstractContextManager[None]],
+    db: DB,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[int] = []
+    truncate_wal = _connection._truncate_wal
+    monkeypatch.setattr(_connection, "_truncate_wal", lambda conn: (tried.append(wal_size(db)), truncate_wal(conn))[1])
+    with reading(db):
+        sizes = grow_until(db, lambda size: size > 6 * LOW)
+        expected = [next(size for size in sizes if size > LOW)]
+        while later := [size for size in sizes if size > 2 * expected[-1]]:
+            expected.append(later[0])
+        assert len(expected) >= 3
+        assert tried == expected
+        assert warnings_in(caplog) == [
+            f"{db.path}: the WAL has {int(size / 1e6)} MB and can't be emptied: "
+            "a reader is in the way: a SELECT half read, or a transaction left open, here or elsewhere"
+            for size in expected
+        ]
+    caplog.clear()
+    # When it has ended, SQLite begins the WAL anew, and gives the disk back: all is as before.
+    grow_until(db, lambda size: size <= LOW)
+    for _ in range(3):
+        assert max(grow_until(db, lambda size: size == 0)) <= LOW
+    assert LOW < tried[-1] < 2 * LOW
+    assert warnings_in(caplog) == []
+
+
+def test_commits_that_are_larger_than_the_limit(db: DB, caplog: pytest.LogCaptureFixture) -> None:
+    """Each is followed by a checkpoint: the size at which it was tried the last time doesn't matter."""
+    for _ in range(5):
+        assert grow(db, 3 * LOW) == 0
+    assert warnings_in(caplog) == []
+
+
+@readers
+def test_the_busy_timeout_is_what_it_was(
+    reading: Callable[[DB], AbstractContextManager[None]], file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def on_connect(conn: sqlite3.Connection) -> None:
+        configure(conn)
+        conn.execute("PRAGMA busy_timeout=777")
+
+    with DB.open(file, on_connect=on_connect) as db:
+        insert_run(db.conn)
+        insert_run(db.conn, "run-2")
+        with reading(db):
+            grow_until(db, lambda size: size > LOW)
+            assert len(warnings_in(caplog)) == 1
+            assert db.conn.execute("PRAGMA busy_timeout").fetchone() == (777,)
+        grow_until(db, lambda size: size == 0)
+        assert db.conn.execute("PRAGMA busy_timeout").fetchone() == (777,)
+
+
+def test_the_disk_is_given_back_when_the_reader_is_gone(
+    file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the limit that callers have."""
+    monkeypatch.undo()
+    with DB.open(file, on_connect=configure) as db:
+        insert_run(db.conn)
+        insert_run(db.conn, "run-2")
+        with by_a_transaction(db):
+            grow_until(db, lambda size: size > 20_000_000)
+            assert len(warnings_in(caplog)) == 1
+        for _ in range(4):  # far less than twice the size: the next attempt to empty it isn't due
+            grow(db, 10)
+        assert wal_size(db) <= _connection.WAL_LIMIT
+
+
+# What callers set
+
+
+def as_dict(cursor: sqlite3.Cursor, row: tuple[object, ...]) -> dict[str, object]:
+    return {column[0]: value for column, value in zip(cursor.description, row, strict=True)}
+
+
+def one_value(_: sqlite3.Cursor, row: tuple[object, ...]) -> object:
+    return row[0]
+
+
+@pytest.mark.parametrize("row_factory", [sqlite3.Row, as_dict, one_value])
+def test_any_row_factory(row_factory: Callable[..., object], file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def on_connect(conn: sqlite3.Connection) -> None:
+        configure(conn)
+        conn.row_factory = row_factory
+
+    with DB.open(file, on_connect=on_connect) as db:
+        insert_run(db.conn)
+        insert_run(db.conn, "run-2")
+        grow_until(db, lambda size: size == 0)
+        assert db.conn.row_factory is row_factory
+    assert warnings_in(caplog) == []
+
+
+@pytest.mark.parametrize("pragma", ["wal_checkpoint", "busy_timeout", "journal_size_limit"])
+def test_its_error_is_logged_and_the_commit_stands(pragma: str, file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def deny(action: int, argument: str | None, *_: object) -> int:
+        denied = action == sqlite3.SQLITE_PRAGMA and argument == pragma
+        return sqlite3.SQLITE_DENY if denied else sqlite3.SQLITE_OK
+
+    def on_connect(conn: sqlite3.Connection) -> None:
+        configure(conn)
+        conn.set_authorizer(deny)
+
+    with DB.open(file, on_connect=on_connect, timeout=1.5) as db:
+        insert_run(db.conn)
+        grow_until(db, lambda size: size > LOW)
+        assert [message.partition("emptied: ")[2] for message in warnings_in(caplog)] == ["not authorized"]
+        assert not db.conn.in_transaction
+        if pragma != "busy_timeout":
+            assert db.conn.execute("PRAGMA busy_timeout").fetchone() == (1500,)
+        in_thread(lambda: grow(db))  # the turn is free
+        with db.transaction() as conn:
+            append_event(conn)
+    with DB.open(file) as db:
+        assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1,)
+        assert db.conn.execute("SELECT length(config_json) > 1000 FROM runs").fetchone() == (1,)
+
+
+def test_a_logging_handler_may_write_to_the_database(db: DB, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
             with db.transaction() as conn:
-                conn.execute("UPDATE runs SET parallelism = ?", (number,))
-        assert os.path.getsize(f"{path}-wal") <= _connection.WAL_LIMIT
+                append_event(conn)
+
+    logger = logging.getLogger("daemon_db")
+    monkeypatch.setattr(logger, "handlers", [Handler()])
+    with in_another_thread(db):
+        grow_until(db, lambda size: size > LOW)
+    assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1,)
+    in_thread(lambda: grow(db))  # the turn is free

@@ -351,13 +351,15 @@ class Wal:
         if size <= WAL_LIMIT:
             self._limit = WAL_LIMIT
             return
-        # When this connection next begins the WAL anew, after the last reader of the old one, it gives the disk back.
-        conn.execute(f"PRAGMA journal_size_limit={WAL_LIMIT}")
-        if size <= self._limit:
-            return
-        self._limit = 2 * size
+        if is_due := size > self._limit:
+            self._limit = 2 * size
         try:
+            # When this connection next begins the WAL anew, after the old one's last reader, it gives the disk back.
+            conn.execute(f"PRAGMA journal_size_limit={WAL_LIMIT}")
+            if not is_due:
+                return
             if _truncate_wal(conn):
+                self._limit = WAL_LIMIT  # here, too: the next commit alone may be larger
                 return
             reason = "a reader is in the way: a SELECT half read, or a transaction left open, here or elsewhere"
         except sqlite3.Error as error:  # the commit is made all the same
