@@ -1,18 +1,20 @@
 """What the README shows is run, as written. The two commands that install it first are run by `.ci/run`."""
 
 import re
-import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from support import ENVIRONMENT, fill_with_sqlite3
+from daemon_db import DB
+from support import ENVIRONMENT, LIMIT, insert_run
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -21,13 +23,21 @@ def blocks(language: str) -> list[str]:
 
 def run(*arguments: str, cwd: Path) -> str:
     command = [sys.executable, "-W", "error", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        timeout=LIMIT,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
 def test_the_daemon_and_its_restart(tmp_path: Path) -> None:
-    (code,) = blocks("python")
+    code = blocks("python")[0]
     first = [line.split() for line in run("-c", code, cwd=tmp_path).splitlines()]
     assert [int(sequence) for sequence, *_ in first] == [1, 2, 3, 4, 5]
     assert first[0][1:] == ["run.started", "None"]
@@ -37,16 +47,76 @@ def test_the_daemon_and_its_restart(tmp_path: Path) -> None:
     assert again == [*first, ["6", "run.resumed", "None"]]
 
 
-@pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command-line program")
-def test_the_command_line(tmp_path: Path) -> None:
+def test_the_snapshot_and_the_command_line_after_it(tmp_path: Path) -> None:
+    daemon, snapshot = blocks("python")
+    run("-c", daemon, cwd=tmp_path)
+    assert run("-c", f"{snapshot}print(runs, units)", cwd=tmp_path) == "1 2\n"
     (block,) = blocks("console")
     command, shown = block.split("\n", 1)
     assert command.startswith("$ .venv/bin/python -m daemon_db ")
-    fill_with_sqlite3(tmp_path / "daemon.db")
     printed = run(*command.split()[2:], cwd=tmp_path)
     printed = printed.replace(str(tmp_path), "/home/you")
-    printed = re.sub(rf"{sqlite3.sqlite_version}.*", "3.51.3", printed)
+    printed = re.sub(rf"{re.escape(sqlite3.sqlite_version)}.*", "3.51.3", printed)
     assert printed == shown
+
+
+def test_with_conn_and_executemany_are_no_transactions(tmp_path: Path) -> None:
+    with DB.open(tmp_path / "daemon.db") as db:
+        with pytest.raises(sqlite3.IntegrityError), db.conn:
+            insert_run(db.conn)
+            insert_run(db.conn)
+        with pytest.raises(sqlite3.IntegrityError):
+            db.conn.executemany(
+                "INSERT INTO units (id, run_id, unit_id, status) VALUES (?, ?, 'unit', '')", [(1, "run-1"), (2, "no")]
+            )
+        assert db.conn.execute("SELECT (SELECT count(*) FROM runs), (SELECT count(*) FROM units)").fetchone() == (1, 1)
+
+
+def test_backup_inside_of_a_transaction_waits(tmp_path: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    statuses = []
+
+    def progress(status: int, remaining: int, total: int) -> None:
+        statuses.append(status)
+        if len(statuses) == 20:
+            raise Enough
+
+    with DB.open(tmp_path / "daemon.db") as db, closing(sqlite3.connect(tmp_path / "backup.db")) as target:
+        with pytest.raises(Enough), db.transaction() as conn:
+            insert_run(conn)
+            conn.backup(target, pages=1, progress=progress, sleep=0.001)
+        assert statuses == [sqlite3.SQLITE_BUSY] * 20
+        db.conn.backup(target)
+
+
+def test_a_write_while_a_select_is_half_read(tmp_path: Path) -> None:
+    def work() -> None:
+        with db.transaction() as conn:
+            insert_run(conn, "run-3")
+
+    with DB.open(tmp_path / "daemon.db", timeout=60) as db:  # which isn't waited for
+        insert_run(db.conn)
+        insert_run(db.conn, "run-2")
+        cursor = db.conn.execute("SELECT id FROM runs")
+        cursor.fetchone()
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(LIMIT)
+        with pytest.raises(sqlite3.OperationalError, match="database is locked") as caught:
+            insert_run(db.conn, "run-4")
+        assert caught.value.sqlite_errorname == "SQLITE_BUSY_SNAPSHOT"
+        cursor.fetchall()
+        insert_run(db.conn, "run-4")
+
+
+def test_vacuum_into_is_a_backup_of_a_live_daemon(tmp_path: Path) -> None:
+    with DB.open(tmp_path / "daemon.db") as db:
+        insert_run(db.conn)
+        db.conn.execute(f"VACUUM INTO '{tmp_path / 'backup.db'}'")
+    with DB.open(tmp_path / "backup.db") as db:
+        assert db.conn.execute("SELECT id FROM runs").fetchall() == [("run-1",)]
 
 
 def test_the_benchmark_starts() -> None:

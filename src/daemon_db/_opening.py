@@ -37,7 +37,6 @@ def open_another(place: Place, timeout: float, shared: Shared) -> ThreadConnecti
         raise sqlite3.NotSupportedError(
             f"SQLite {sqlite3.sqlite_version} has a {place.path} database for one thread only; 3.36 shares it"
         )
-    place.refuse_other()
     try:
         with connected(place, timeout, shared) as own:
             _connection.refuse_other_mode(own.conn, place)
