@@ -104,6 +104,7 @@ class Shared:
     def anchor(self, place: Memory) -> None:
         """Keep the memory while the `DB` is open, whichever threads end. No statement runs on this connection."""
         self._anchors.append(sqlite3.connect(place.uri(), uri=True, check_same_thread=False))
+        _keep(self._anchors[0])
 
     def close(self) -> None:
         """Close the calling thread's connection now; the others' are closed by their threads."""
@@ -125,6 +126,11 @@ class Shared:
             self._anchors.pop().close()  # by one thread only: without the GIL, two at once crash the interpreter
 
 
+def _keep(conn: sqlite3.Connection) -> None:
+    """Let nothing but `close()` free it: SQLite holds the function, and the function the connection."""
+    conn.create_function("daemon_db_connection", 0, functools.partial(repr, conn))
+
+
 class ThreadConnection:
     """A connection, and what its thread must know to close it. It is freed by its `close()` and by nothing else."""
 
@@ -144,8 +150,8 @@ class ThreadConnection:
             raise
 
     def keep(self) -> None:
-        """From now on nothing but `close()` frees it: SQLite holds the function, and the function the connection."""
-        self.conn.create_function("daemon_db_connection", 0, functools.partial(repr, self.conn))
+        """From now on nothing but `close()` frees it."""
+        _keep(self.conn)
         self._references = self._count_references()
 
     def identify(self, place: Place) -> None:
