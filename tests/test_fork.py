@@ -1,15 +1,18 @@
-"""`fork()` with a `DB` open. Each test is a process of its own, which forks."""
+"""`fork()` with a `DB` open. Each test is a process of its own, which forks.
+
+`DAEMON_DB_LONG=1` in the environment makes it go on for longer (see `support`).
+"""
 
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from support import run
+from support import rounds, run
 
 PROLOGUE = """
-import gc, os, sqlite3, sys, threading, warnings
-from support import append_event, insert_run
+import gc, os, signal, sqlite3, sys, threading, warnings
+from support import LIMIT, append_event, in_thread, insert_run, join, wait_for
 from daemon_db import DB, OpenError
 
 warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
@@ -23,7 +26,13 @@ def refused(use, error, words):
     else:
         raise AssertionError("not refused")
 
-def wait_for(child):
+def fork():
+    child = os.fork()
+    if not child:
+        signal.alarm(LIMIT)  # the end of one that would hang
+    return child
+
+def check(child):
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0, status
 
@@ -49,13 +58,13 @@ def test_the_child_is_refused_and_the_parent_goes_on(leave: str, tmp_path: Path)
         """
         with DB.open(path) as db:
             insert_run(db.conn)
-            if not (child := os.fork()):
+            if not (child := fork()):
                 refused(lambda: db.conn, sqlite3.ProgrammingError, "open a new DB in the child")
                 refused(lambda: db.transaction().__enter__(), sqlite3.ProgrammingError, "fork()")
                 db.close()
                 db.close()
                 leave(0)
-            wait_for(child)
+            check(child)
             with db.transaction() as conn:
                 append_event(conn)
             assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -74,12 +83,12 @@ def test_a_child_can_not_commit_the_parents_transaction(leave: str, tmp_path: Pa
             try:
                 with db.transaction() as conn:
                     append_event(conn)
-                    child = os.fork()
+                    child = fork()
             except sqlite3.ProgrammingError as error:
                 assert "fork()" in str(error) and not child, error
                 leave(0)
             assert child
-            wait_for(child)
+            check(child)
             assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1,)
         """,
         tmp_path / "daemon.db",
@@ -96,12 +105,12 @@ def test_a_transaction_of_the_forking_thread_survives_the_child(dropped: str, le
         insert_run(db.conn)
         with db.transaction() as conn:
             fill(conn)
-            if not (child := os.fork()):
+            if not (child := fork()):
                 if "{dropped}" == "dropped":
                     del db, conn
                     gc.collect()
                 leave(0)
-            wait_for(child)
+            check(child)
             assert conn.execute("SELECT count(*), sum(length(payload_json)) FROM events").fetchone() == (1000, 2000000)
         assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1000,)
@@ -121,7 +130,7 @@ def test_a_transaction_of_another_thread_survives_the_child(leave: str, tmp_path
             with db.transaction() as conn:
                 fill(conn)
                 filled.set()
-                forked.wait()
+                wait_for(forked)
             assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1000,)
             worked.append(True)
@@ -129,15 +138,15 @@ def test_a_transaction_of_another_thread_survives_the_child(leave: str, tmp_path
         worked = []
         with DB.open(path) as db:
             insert_run(db.conn)
-            thread = threading.Thread(target=work)
+            thread = threading.Thread(target=work, daemon=True)
             thread.start()
-            filled.wait()
-            if not (child := os.fork()):
+            wait_for(filled)
+            if not (child := fork()):
                 gc.collect()
                 leave(0)
-            wait_for(child)
+            check(child)
             forked.set()
-            thread.join()
+            join(thread)
             assert worked
         """,
         tmp_path / "daemon.db",
@@ -151,17 +160,17 @@ def test_the_child_may_not_open_the_same_file_while_the_parent_has_it_open(leave
         """
         os.symlink(path, path + "-link")
         with DB.open(path) as db:
-            if not (child := os.fork()):
+            if not (child := fork()):
                 for name in (path, path + "-link"):
                     refused(lambda: DB.open(name), OpenError, "forked while its parent had the file open")
-                if not (grandchild := os.fork()):
+                if not (grandchild := fork()):
                     refused(lambda: DB.open(path), OpenError, "forked while its parent had the file open")
                     leave(0)
-                wait_for(grandchild)
+                check(grandchild)
                 with DB.open(path + "-other") as other:
                     insert_run(other.conn)
                 leave(0)
-            wait_for(child)
+            check(child)
             insert_run(db.conn)
         """,
         tmp_path / "daemon.db",
@@ -174,11 +183,11 @@ def test_the_child_may_open_what_the_parent_has_closed(leave: str, tmp_path: Pat
         """
         with DB.open(path) as db:
             insert_run(db.conn)
-        if not (child := os.fork()):
+        if not (child := fork()):
             with DB.open(path) as db:
                 append_event(db.conn)
             leave(0)
-        wait_for(child)
+        check(child)
         with DB.open(path) as db:
             assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1,)
         """,
@@ -192,13 +201,219 @@ def test_a_memory_database_is_refused_to_the_child_too(leave: str, tmp_path: Pat
         """
         with DB.open(":memory:") as db:
             insert_run(db.conn)
-            if not (child := os.fork()):
+            if not (child := fork()):
                 refused(lambda: db.conn, sqlite3.ProgrammingError, "open a new DB in the child")
                 with DB.open(":memory:") as other:
                     assert other.conn.execute("SELECT count(*) FROM runs").fetchone() == (0,)
                 leave(0)
-            wait_for(child)
+            check(child)
             assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+        """,
+        tmp_path / "daemon.db",
+        leave,
+    )
+
+
+def test_the_childs_very_first_instruction_is_refused(leave: str, tmp_path: Path) -> None:
+    """That of a function which runs before ours, because it was registered before `daemon_db` was imported."""
+    code = """
+import os, sqlite3, sys
+sys.path.insert(0, "")
+seen = []
+
+def use():
+    for name, ask in uses.items():
+        try:
+            ask()
+            seen.append(f"{name} was not refused")
+        except sqlite3.Error as error:
+            seen.append(f"{name}: {error}")
+
+uses = {}
+os.register_at_fork(after_in_child=use)
+from daemon_db import DB, OpenError
+from support import in_thread, insert_run
+
+path, leave = sys.argv[1], {"sys.exit": sys.exit, "os._exit": os._exit}[sys.argv[2]]
+db, closed, other = DB.open(path), DB.open(path), DB.open(path + "-other")
+in_thread(closed.close)  # while this thread's own connection is open still
+with db.transaction() as conn:
+    insert_run(conn)
+uses["conn"] = lambda: db.conn
+uses["transaction"] = lambda: db.transaction().__enter__()
+uses["of a closed one"] = lambda: closed.conn
+uses["open"] = lambda: DB.open(path)
+uses["open another"] = lambda: DB.open(path + "-other")
+if not (child := os.fork()):
+    words = "\\n".join(seen)
+    assert len(seen) == 5, words
+    assert words.count("was opened before a fork()") == 3 and words.count("forked while its parent had") == 2, words
+    for each in (db, closed, other):
+        each.close()
+    leave(0)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+with db.transaction() as conn:
+    insert_run(conn, "run-2")
+db.close()
+other.close()
+"""
+    run(code, tmp_path / "daemon.db", leave)
+
+
+def test_a_fork_in_the_middle_of_opening(leave: str, tmp_path: Path) -> None:
+    """By another thread, when SQLite is about to open the file, has opened it, and has been asked for the first time.
+
+    Those moments are Python's audit events, and `on_connect`.
+    """
+    run_forking(
+        """
+        def pause(moment):
+            if moment in pausing:
+                pausing.remove(moment)
+                paused.set()
+                wait_for(go_on)
+
+        def open_in_thread():
+            DB.open(path, on_connect=lambda conn: pause("on_connect")).close()
+            opened.append(True)
+
+        pausing, opened = [], []
+        sys.addaudithook(lambda event, arguments: pause(event))
+        moments = ["sqlite3.connect", "sqlite3.connect/handle", "on_connect"]
+        for is_there in (False, True):
+            for moment in moments:
+                if not is_there and os.path.exists(path):
+                    os.remove(path)
+                pausing[:] = [moment]
+                paused, go_on = threading.Event(), threading.Event()
+                thread = threading.Thread(target=open_in_thread, daemon=True)
+                thread.start()
+                wait_for(paused)
+                if not (child := fork()):
+                    go_on.set()
+                    refused(lambda: DB.open(path), OpenError, "forked while its parent had the file open")
+                    leave(0)
+                check(child)
+                go_on.set()
+                join(thread)
+        assert len(opened) == 6
+        if not (child := fork()):
+            with DB.open(path) as db:
+                insert_run(db.conn)
+            leave(0)
+        check(child)
+        """,
+        tmp_path / "daemon.db",
+        leave,
+    )
+
+
+def test_no_child_slips_through_while_another_thread_opens_and_closes(tmp_path: Path) -> None:
+    """A child that has a descriptor of the file has SQLite's list of its locks, too, and must be refused."""
+    run_forking(
+        f"""
+        def open_and_close():
+            while not ended.is_set():
+                with DB.open(path) as db, db.transaction() as conn:
+                    append_event(conn)
+                counts.append(True)
+
+        def has_a_descriptor():
+            status = os.stat(path)
+            for descriptor in range(3, 100):
+                try:
+                    each = os.fstat(descriptor)
+                except OSError:
+                    continue
+                if (each.st_dev, each.st_ino) == (status.st_dev, status.st_ino):
+                    return True
+            return False
+
+        with DB.open(path) as db:
+            insert_run(db.conn)
+        counts, ended, refusals = [], threading.Event(), 0
+        thread = threading.Thread(target=open_and_close, daemon=True)
+        thread.start()
+        for number in range({rounds(100, 5000)}):
+            if not (child := fork()):
+                if has_a_descriptor():
+                    refused(lambda: DB.open(path), OpenError, "forked while its parent had the file open")
+                    os._exit(3)
+                os._exit(4)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert status in (3, 4), (number, status)
+            refusals += status == 3
+        ended.set()
+        join(thread)
+        assert refusals > 0
+        with DB.open(path) as db:
+            assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (len(counts),)
+            assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        """,
+        tmp_path / "daemon.db",
+        "os._exit",
+    )
+
+
+def test_forks_while_other_threads_use_the_db(leave: str, tmp_path: Path) -> None:
+    """Each child is refused; the parent's threads notice nothing."""
+    run_forking(
+        f"""
+        def work():
+            while not ended.is_set():
+                with db.transaction() as conn:
+                    sequence = append_event(conn)
+                assert db.conn.execute("SELECT max(sequence) FROM events").fetchone()[0] >= sequence
+                sequences.append(sequence)
+
+        sequences, ended = [], threading.Event()
+        with DB.open(path, timeout=LIMIT, on_connect=lambda conn: conn.execute("PRAGMA synchronous=OFF")) as db:
+            insert_run(db.conn)
+            threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for _ in range({rounds(10, 2000)}):
+                if not (child := fork()):
+                    refused(lambda: db.conn, sqlite3.ProgrammingError, "open a new DB in the child")
+                    refused(lambda: db.transaction().__enter__(), sqlite3.ProgrammingError, "fork()")
+                    refused(lambda: DB.open(path), OpenError, "forked while its parent had the file open")
+                    gc.collect()
+                    db.close()
+                    os._exit(0)
+                check(child)
+            ended.set()
+            join(*threads)
+            assert sorted(sequences) == list(range(1, len(sequences) + 1))
+            assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        """,
+        tmp_path / "daemon.db",
+        leave,
+    )
+
+
+def test_a_fork_that_the_system_refuses_changes_nothing(leave: str, tmp_path: Path) -> None:
+    run_forking(
+        """
+        import resource
+        with DB.open(path) as db:
+            insert_run(db.conn)
+            in_thread(lambda: db.conn)
+            if not (child := fork()):
+                with DB.open(path + "-child") as own:
+                    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+                    resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
+                    try:
+                        grandchild = os.fork()
+                    except BlockingIOError:
+                        insert_run(own.conn)
+                        own.conn.execute("SELECT 1").fetchone()
+                    else:  # root may
+                        if not grandchild:
+                            os._exit(0)
+                        check(grandchild)
+                leave(0)
+            check(child)
         """,
         tmp_path / "daemon.db",
         leave,
