@@ -222,7 +222,8 @@ class TestErrors:
         content = bytearray(path.read_bytes())
         content[(root - 1) * 4096] = 0xFF  # no kind of page
         path.write_bytes(content)
-        fails(command(path), f"{path}: database disk image is malformed")
+        cure = "remove its -wal and -shm, then restore a backup; or see https://sqlite.org/recovery.html"
+        fails(command(path), f"{path}: damaged (database disk image is malformed): {cure}")
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -1,6 +1,7 @@
 """`on_connect`: called with each new connection, last; and what becomes of the connection when it raises."""
 
 import sqlite3
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,3 +62,22 @@ def test_of_a_later_thread(path: str, tmp_path: Path, monkeypatch: pytest.Monkey
         pool.submit(ask).result(LIMIT)
         assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (1,)
     assert len(connections) == 12
+
+
+def begin(conn: sqlite3.Connection) -> None:
+    conn.execute("BEGIN")
+
+
+def leave_it_to_sqlite3(conn: sqlite3.Connection) -> None:
+    """It begins a transaction before an INSERT, which nobody commits."""
+    conn.isolation_level = "DEFERRED"
+
+
+@pytest.mark.parametrize("on_connect", [begin, leave_it_to_sqlite3])
+def test_another_transaction_control_is_refused(
+    on_connect: Callable[[sqlite3.Connection], None], tmp_path: Path
+) -> None:
+    before = open_files()
+    with pytest.raises(sqlite3.ProgrammingError, match="on_connect must leave the connection in autocommit mode"):
+        DB.open(tmp_path / "db", on_connect=on_connect)
+    assert open_files() == before

@@ -352,7 +352,7 @@ except daemon_db.OpenError as error:
 
 REFUSED_TO_WRITE = "attempt to write a readonly database\n" * 2
 NOBODY = (
-    "nobody has it open, so that SQLite needs to make a -shm beside it, and this user can't: "
+    "no process has it open, so that SQLite needs to make a -shm beside it, and this user can't: "
     "look at it as a user who can write there, or at a copy of the file and its -wal"
 )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB
+from daemon_db import DB, SchemaError
 from support import ENVIRONMENT, LIMIT, insert_run
 
 ROOT = Path(__file__).parent.parent
@@ -119,6 +119,21 @@ def test_vacuum_into_is_a_backup_of_a_live_daemon(tmp_path: Path) -> None:
         assert db.conn.execute("SELECT id FROM runs").fetchall() == [("run-1",)]
 
 
+def test_rows_are_copied_from_a_file_that_does_not_fit(tmp_path: Path) -> None:
+    """By the recipe for a file that a tool has changed."""
+    with DB.open(tmp_path / "daemon.db") as db:
+        insert_run(db.conn)
+        db.conn.execute("CREATE UNIQUE INDEX one_each ON runs(status)")
+    with pytest.raises(SchemaError):
+        DB.open(tmp_path / "daemon.db")
+    (tmp_path / "daemon.db").rename(tmp_path / "old.db")
+    with DB.open(tmp_path / "daemon.db") as db:
+        db.conn.execute("ATTACH ? AS old", (str(tmp_path / "old.db"),))
+        columns = ", ".join(name for _, name, *_ in db.conn.execute("PRAGMA table_info(runs)"))
+        db.conn.execute(f"INSERT INTO runs ({columns}) SELECT {columns} FROM old.runs")
+        assert db.conn.execute("SELECT id, status FROM runs").fetchall() == [("run-1", "running")]
+
+
 def test_the_benchmark_starts() -> None:
     assert "`python tests/benchmark.py`" in README
     assert "--quick" in run("tests/benchmark.py", "--help", cwd=ROOT)
@@ -128,5 +143,5 @@ def test_every_command_is_known_to_be_run() -> None:
     setup = "python3 -m venv .venv && .venv/bin/python -m pip install --quiet"
     assert blocks("sh") == [
         f"{setup} . && .venv/bin/python -m daemon_db daemon.db\n",
-        f'{setup} ".[test]" && .venv/bin/python -m pytest\n',
+        f'{setup} -e ".[test]" && .venv/bin/python -m pytest\n',
     ]

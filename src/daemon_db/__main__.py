@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 from . import DB, OpenError, SchemaError, __version__, _schema
+from .errors import in_words, primary_code
 
 _MOST_PROBLEMS = 10
 
@@ -45,11 +46,9 @@ def main() -> int:
     except (OpenError, SchemaError) as error:
         return fail(str(error))
     except sqlite3.Error as error:
-        if (
-            getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT
-        ):  # Ctrl-C, met in the middle of a statement
+        if primary_code(error) == sqlite3.SQLITE_INTERRUPT:  # by Ctrl-C, in the middle of a statement
             return fail("interrupted", 130)
-        return fail(f"{arguments.path}: {error}")
+        return fail(f"{arguments.path}: {in_words(error)}")
     try:
         if sys.stdout is not None:
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a name may be in no encoding

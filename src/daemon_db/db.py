@@ -44,8 +44,8 @@ class DB:
         `path` is a file name, made absolute at once, or ":memory:", a database in memory for this `DB`'s threads.
         `timeout` is how many seconds each wait for a lock may last: this call's, a statement's, a transaction's.
         `on_connect(conn)` is called with each new connection, last, in the thread that gets it: for `row_factory`,
-        `PRAGMA synchronous` and the like; not for using this `DB`, nor for another transaction control. What it raises
-        goes on to the caller, and the connection is closed.
+        `PRAGMA synchronous` and the like; not for using this `DB`. What it raises goes on to the caller, and the
+        connection is closed; so does `sqlite3.ProgrammingError` if it leaves autocommit mode.
         `read_only=True` creates and writes nothing, and needs no permission to write the file, whose schema must be
         complete: for looking at a daemon's database, or at what a dead one left.
 
@@ -160,6 +160,8 @@ class DB:
         try:
             if self._on_connect is not None:
                 self._on_connect(own.conn)
+                if own.conn.in_transaction or own.conn.isolation_level is not None:
+                    raise sqlite3.ProgrammingError("on_connect must leave the connection in autocommit mode")
             self._refuse_use()  # if another thread has closed it meanwhile
             thread.connections[self._shared] = own
         except BaseException:

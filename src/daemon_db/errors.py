@@ -46,14 +46,15 @@ def translated(error: BaseException, path: str, timeout: float, read_only: bool)
     others = (OpenError, SchemaError, sqlite3.ProgrammingError, sqlite3.NotSupportedError)
     if not isinstance(error, sqlite3.Error) or isinstance(error, others):
         return None
-    translation = OpenError(path, _in_words(error, timeout, read_only))
+    translation = OpenError(path, in_words(error, timeout, read_only))
     if primary_code(error):
         translation.sqlite_errorcode = error.sqlite_errorcode
         translation.sqlite_errorname = error.sqlite_errorname
     return translation
 
 
-def _in_words(error: sqlite3.Error, timeout: float, read_only: bool) -> str:
+def in_words(error: sqlite3.Error, timeout: float = 5.0, read_only: bool = False) -> str:
+    """What `error` means for a file, and what to do."""
     code = primary_code(error)
     if is_busy(error):
         return f"locked for more than {timeout} s"
@@ -72,7 +73,7 @@ def _unreadable(error: sqlite3.Error) -> str:
     if error.sqlite_errorcode == sqlite3.SQLITE_READONLY_ROLLBACK:
         return "a killed process left a rollback journal, to be played back first: open it once without read_only"
     return (
-        "nobody has it open, so that SQLite needs to make a -shm beside it, and this user can't: "
+        "no process has it open, so that SQLite needs to make a -shm beside it, and this user can't: "
         "look at it as a user who can write there, or at a copy of the file and its -wal"
     )
 
