@@ -112,20 +112,23 @@ import sys, threading
 from daemon_db import DB
 from support import LIMIT, join
 
-def close(db, barrier):
-    db.conn.execute("SELECT 1").fetchone()
-    barrier.wait(LIMIT)
-    db.close()
+def close(is_used):
+    for db in dbs:
+        if is_used:  # else only the connection is left to close that keeps the memory
+            db.conn.execute("SELECT 1").fetchone()
+        barrier.wait(LIMIT)
+        db.close()
 
-for _ in range(int(sys.argv[1])):
-    db, barrier = DB.open(":memory:"), threading.Barrier(4)
-    threads = [threading.Thread(target=close, args=(db, barrier), daemon=True) for _ in range(4)]
+for is_used in (False, True):
+    dbs, barrier = [DB.open(":memory:") for _ in range(int(sys.argv[1]))], threading.Barrier(4)
+    threads = [threading.Thread(target=close, args=(is_used,), daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     join(*threads)
-    db.close()
+    for db in dbs:
+        db.close()
 """
-    run(code, rounds(200, 20_000))
+    run(code, rounds(300, 10_000))
 
 
 @shares_memory

@@ -353,7 +353,7 @@ for number in range(rounds):
     gc.collect()
     assert open_files() == before, (number, open_files())
 """
-    run(code, tmp_path / "daemon.db", rounds(300, 10_000))
+    run(code, tmp_path / "daemon.db", rounds(150, 10_000))
     assert os.listdir(tmp_path) == ["daemon.db"]
 
 
@@ -475,4 +475,4 @@ gc.collect()  # tracebacks
 DB.open(path).close()
 assert open_files() == before, open_files()
 """
-    run(code, tmp_path / "daemon.db", rounds(2000, 50_000))
+    run(code, tmp_path / "daemon.db", rounds(1000, 50_000))

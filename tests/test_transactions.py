@@ -375,29 +375,36 @@ def test_the_wait_for_another_process_ends_after_timeout(db: DB) -> None:
 
 
 def test_threads_wait_for_their_turn_and_not_for_sqlites_lock(tmp_path: Path) -> None:
-    def busy_at_once(conn: sqlite3.Connection) -> None:
-        conn.execute("PRAGMA busy_timeout=0")
+    """Which here nobody waits for: without turns, one of two that begin at once would be an error."""
 
-    order = []
-    started = threading.Event()
-
-    def insert() -> None:
+    def insert(number: int) -> None:
         _ = db.conn
-        started.set()
-        with db.transaction() as conn:
-            order.append("second")
-            insert_run(conn, "run-2")
+        for each in range(20):
+            barrier.wait(LIMIT)
+            try:
+                with db.transaction() as conn:
+                    insert_run(conn, f"run-{number}-{each}")
+                    time.sleep(0.001)
+            except sqlite3.Error:
+                barrier.abort()
+                raise
 
-    path = tmp_path / "daemon.db"
-    with DB.open(path, timeout=60, on_connect=busy_at_once) as db, ThreadPoolExecutor(1) as pool:
-        with db.transaction() as conn:
-            future = pool.submit(insert)
-            wait_for(started)
-            insert_run(conn)
-            order.append("first")
-        future.result(LIMIT)
-        assert order == ["first", "second"]
-        assert runs(db) == ["run-1", "run-2"]
+    barrier = threading.Barrier(4)
+    with DB.open(
+        tmp_path / "daemon.db", timeout=LIMIT, on_connect=lambda conn: conn.execute("PRAGMA busy_timeout=0")
+    ) as db:
+        with ThreadPoolExecutor(4) as pool:
+            for future in [pool.submit(insert, number) for number in range(4)]:
+                future.result(LIMIT)
+        assert len(runs(db)) == 80
+
+
+def test_who_waits_for_the_turn_sees_what_was_committed(db: DB) -> None:
+    with db.transaction() as conn:
+        insert_run(conn)
+        with pytest.raises(sqlite3.OperationalError, match="^database is locked$"):
+            in_thread(db.transaction().__enter__)
+    assert in_thread(lambda: runs(db)) == ["run-1"]
 
 
 INTERRUPTED = """
