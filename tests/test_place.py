@@ -295,14 +295,21 @@ class TestNotToBeOpened:
             _connection.use_wal(conn, _place.locate(tmp_path / "db", read_only=False), 5)
         assert caught.value.reason == "WAL mode is not available here: journal_mode stayed 'delete'"
 
-    def test_where_foreign_keys_are_not_available(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("read_only", [False, True])
+    def test_where_foreign_keys_are_not_available(
+        self, read_only: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """In a SQLite built without them, the pragma has no effect: as it has none within a transaction."""
-        with closing(sqlite3.connect(":memory:", isolation_level=None)) as conn, pytest.raises(OpenError) as caught:
-            place = _place.locate(tmp_path / "db", read_only=False)
+        make_rollback(tmp_path / "db")
+        enforce = _connection.enforce_foreign_keys
+
+        def enforce_within_a_transaction(conn: sqlite3.Connection) -> None:
             conn.execute("BEGIN")
-            _connection.enforce_foreign_keys(conn)
-            _connection.refuse_unenforced_foreign_keys(conn, place)
-        assert caught.value.reason == "this SQLite was built without foreign keys"
+            enforce(conn)
+            conn.execute("COMMIT")
+
+        monkeypatch.setattr(_connection, "enforce_foreign_keys", enforce_within_a_transaction)
+        refused(tmp_path / "db", "this SQLite was built without foreign keys", read_only=read_only)
 
 
 OPEN_WITHOUT_DESCRIPTORS = """
