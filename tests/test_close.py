@@ -328,9 +328,9 @@ def finish():
         append_event(conn)
     db.close()
 
+atexit.register(finish)  # it runs after what is registered later
 db = DB.open(sys.argv[1])
 insert_run(db.conn)
-atexit.register(finish)
 """
     run(code, tmp_path / "daemon.db")
     with DB.open(tmp_path / "daemon.db") as db:

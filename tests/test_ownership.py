@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB
+from daemon_db import DB, OpenError
 from support import LIMIT, append_event, in_thread, insert_run, join, open_files, rounds, run, wait_for
 
 shares_memory = pytest.mark.skipif(
@@ -476,3 +476,44 @@ DB.open(path).close()
 assert open_files() == before, open_files()
 """
     run(code, tmp_path / "daemon.db", rounds(1000, 50_000))
+
+
+def test_a_thread_ends_while_its_error_is_kept(tmp_path: Path) -> None:
+    """The error's traceback keeps what it passed through; not the connections that the thread had, nor its turn."""
+    file = tmp_path / "other.db"
+
+    def work() -> None:
+        block = db.transaction()
+        blocks.append(block)
+        block.__enter__()
+        _ = other.conn
+
+    blocks: list[object] = []
+    errors: list[BaseException] = []
+    with DB.open(tmp_path / "daemon.db", timeout=LIMIT) as db, DB.open(file) as other:
+        insert_run(db.conn)
+        before = open_files()
+        file.rename(tmp_path / "moved.db")
+        for _ in range(3):
+            with pytest.raises(OpenError) as caught:
+                in_thread(work)
+            errors.append(caught.value)
+            with db.transaction() as conn:  # would wait for the turn in vain
+                append_event(conn)
+        # While another connection of the process has locks on a file, SQLite keeps a descriptor to use again.
+        assert len(open_files()) <= len(before) + 2
+        assert len(errors) == 3
+
+
+def test_what_on_connect_binds_to_the_connection_goes_with_its_thread(tmp_path: Path) -> None:
+    def bind(conn: sqlite3.Connection) -> None:
+        conn.create_function("changes", 0, lambda: conn.total_changes)
+
+    def work() -> None:
+        for _ in range(5):
+            with DB.open(tmp_path / "daemon.db", on_connect=bind) as db:
+                db.conn.execute("SELECT changes()").fetchone()
+
+    before = open_files()
+    in_thread(work)
+    assert open_files() == before

@@ -283,6 +283,28 @@ class TestRefused:
         with DB.open(tmp_path / "db", read_only=True) as db:
             assert count(db) == 1
 
+    @pytest.mark.parametrize("present", [(), ("-wal",)])
+    def test_a_look_leaves_nothing_in_the_owners_way(self, present: tuple[str, ...]) -> None:
+        """SQLite would make a -wal and a -shm that belong to who looks, and the daemon could not write them."""
+        if os.geteuid():
+            pytest.skip("needs a second user")
+        with public_directory() as public:
+            directory = public / "directory"
+            directory.mkdir()
+            make_wal(directory / "db")
+            for suffix in present:
+                Path(f"{directory / 'db'}{suffix}").touch(0o644)
+            directory.chmod(0o777)
+            before = files_in(directory)
+            code = """
+try:
+    daemon_db.DB.open(sys.argv[2], read_only=True)
+except daemon_db.OpenError as error:
+    print(error.reason)
+"""
+            assert "in its owner's way: look at it as its owner" in run_unprivileged(code, directory / "db")
+            assert files_in(directory) == before
+
     def test_memory(self) -> None:
         with pytest.raises(ValueError, match="^read_only is for files: a :memory: database begins empty$"):
             DB.open(":memory:", read_only=True)

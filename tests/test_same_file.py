@@ -325,3 +325,16 @@ def test_what_read_only_sees_of_a_removed_file_stays_readable_and_no_new_thread_
             in_thread(lambda: db.conn)
         with pytest.raises(sqlite3.OperationalError), db.transaction():
             pass
+
+
+def test_no_commit_into_a_wal_that_was_removed_is_acknowledged(tmp_path: Path) -> None:
+    """SQLite itself goes on with it, and the next process that opens the file finds none of that."""
+    file = tmp_path / "daemon.db"
+    with DB.open(file) as db:
+        with db.transaction() as conn:
+            insert_run(conn)
+        os.remove(f"{file}-wal")
+        for _ in range(2):
+            with pytest.raises(OpenError, match="its -wal was removed while it was open"), db.transaction() as conn:
+                append_event(conn)
+            assert not db.conn.in_transaction

@@ -590,3 +590,12 @@ with DB.open(sys.argv[1]) as db:
     assert (process.returncode, output, errors) == (0, "", "")
     with DB.open(tmp_path / "daemon.db") as db:
         assert runs(db) == ["after"]
+
+
+def test_to_look_at_it_is_to_use_it(db: DB) -> None:
+    """`__exit__` is what keeps it, for a `with` statement: whoever asks for that and drops it has ended it."""
+    transaction = db.transaction()
+    assert hasattr(transaction, "__exit__")
+    with pytest.raises(RuntimeError, match="has been used"), transaction:
+        pass
+    check_that_the_next_one_works(db)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import typed_caller
-from daemon_db import DB
+from daemon_db import DB, OpenError
 from support import in_thread
 from typed_caller import Store
 
@@ -44,6 +44,15 @@ def test_a_subclass_may_have_attributes_of_its_own(tmp_path: Path) -> None:
     with Named.open(tmp_path / "daemon.db") as db:
         db.name = "mine"
         assert (db.name, db.connect_count(), db.connect_count()) == ("mine", 1, 2)
+
+
+def test_a_subclass_whose_close_needs_its_init_hides_no_error(tmp_path: Path) -> None:
+    class Store(DB):
+        def close(self) -> None:
+            raise AssertionError("not of a DB that was never open")
+
+    with pytest.raises(OpenError, match="it is a directory"):
+        Store.open(tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [(), ("daemon.db",), ("daemon.db", 5.0)])

@@ -1,6 +1,5 @@
 """One connection: the process and the thread that it belongs to, WAL mode and foreign keys."""
 
-import atexit
 import contextlib
 import functools
 import logging
@@ -66,7 +65,7 @@ def _notice_fork() -> None:
         _process = os.getpid()
         _inherited.update(_held.values())
         _held.clear()
-        thread.connections = ThreadConnections()
+        thread.__init__()  # type: ignore[misc]
 
 
 def refuse_inherited(place: Place) -> None:
@@ -222,13 +221,12 @@ def wal_kept(place: Place) -> Iterator[None]:
 
 
 class ThreadConnections(dict[Shared, ThreadConnection]):
-    """A thread's connections, by their `DB`s. Those that the thread has not closed before, it closes when it ends."""
+    """A thread's connections, by their `DB`s."""
 
     def __init__(self) -> None:
         super().__init__()
         self._opened: set[ThreadConnection] = set()
         """All, from when they are opened until they are closed: those, too, that aren't ready to be given out."""
-        self._process = os.getpid()
 
     def open(self, place: Place, timeout: float, shared: Shared) -> ThreadConnection:
         self.close_unused()
@@ -256,27 +254,39 @@ class ThreadConnections(dict[Shared, ThreadConnection]):
         for own in list(self._opened):
             self.close(own)
 
+
+class _End:
+    """What a thread drops when it ends, and nobody else holds: a traceback that is kept may hold the connections."""
+
+    def __init__(self, connections: ThreadConnections) -> None:
+        self._connections = connections
+        self._process = os.getpid()
+
     # Defaults, because when the interpreter exits this module's globals go first.
     def __del__(
         self, is_finalizing: Callable[[], bool] = sys.is_finalizing, getpid: Callable[[], int] = os.getpid
     ) -> None:
-        # Another thread drops them in a forked child, and at exit under a daemon thread: both leave them open.
+        # Another thread drops it in a forked child, and at exit under a daemon thread: both leave them open.
         if not is_finalizing() and self._process == getpid():
-            self.close_all()
+            self._connections.close_all()
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.connections = ThreadConnections()
+        self._end = _End(self.connections)
 
 
 thread = _Thread()
 """The calling thread's own."""
 
 
-@atexit.register
 def _close_all() -> None:
     thread.connections.close_all()
+
+
+# At exit, after the `DB`s' own finalizers, and after what callers have registered with `atexit` since the import.
+weakref.finalize(thread, _close_all)
 
 
 # SQLite's settings
@@ -331,9 +341,9 @@ WAL_LIMIT = 16 * 2**20
 """Bytes that the WAL may have before a commit checkpoints all of it. SQLite's own checkpoints are at 4 MB."""
 
 _PATIENCE = 0.2
-"""Seconds that this checkpoint waits for readers. No thread of this `DB` can write meanwhile.
+"""Seconds that this checkpoint waits: for readers of the WAL, and then for those that have begun meanwhile.
 
-It waits for those of the WAL, and then for those that have begun meanwhile: for each, half of this time.
+No thread of this `DB` can write in that time.
 """
 
 
@@ -351,9 +361,11 @@ class Wal:
 
     def bound(self, conn: sqlite3.Connection) -> None:
         """After a commit, for whoever has the turn: empty the WAL if it is too big. Where readers are in the way, say
-        so, and try again at twice the size.
+        so, and try again at twice the size. Raise `OpenError` if it is gone.
         """
         size = self._place.wal_size()
+        if size is None:  # what is committed to it is lost, and nobody else sees it
+            raise OpenError(self._place.path, "its -wal was removed while it was open: close all DBs, and open it anew")
         if size <= WAL_LIMIT:
             self._limit = WAL_LIMIT
             return

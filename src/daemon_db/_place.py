@@ -87,7 +87,7 @@ class File:
         if status.st_size == 1:
             raise OpenError(self.path, "not a SQLite database")  # SQLite takes one byte for none
         if self.read_only:
-            self._examine_to_read()
+            self._examine_to_read(status)
         else:
             self._examine_to_write()
 
@@ -117,16 +117,23 @@ class File:
         if not _allowed(directory, os.W_OK | os.X_OK):
             raise OpenError(self.path, f"permission denied: directory {directory} is not writable by this user")
 
-    def _examine_to_read(self) -> None:
+    def _examine_to_read(self, status: os.stat_result) -> None:
         if not _allowed(self.path, os.R_OK):
             raise OpenError(self.path, "permission denied: the file is not readable by this user")
         for name in self._beside("-wal", "-shm"):
             self._refuse_forbidden(name, os.R_OK)
-        # A connection that can't write leaves behind the -wal and the -shm that it needs. One that can and doesn't
-        # removes them, so it is better where there is no journal that it would play back or checkpoint.
-        writable = _allowed(self.path, os.W_OK) and _allowed(os.path.dirname(self.real_path), os.W_OK | os.X_OK)
-        if writable and not self._beside("-wal", "-journal"):
-            self._mode = "rw"
+        if len(self._beside("-wal", "-shm")) == 2 or not _allowed(os.path.dirname(self.real_path), os.W_OK | os.X_OK):
+            return
+        # SQLite makes what is missing, and only a connection that can write removes it again when it closes.
+        if _allowed(self.path, os.W_OK):
+            if not self._beside("-wal", "-journal"):  # which such a connection would checkpoint or play back
+                self._mode = "rw"
+        elif status.st_uid != os.geteuid():
+            raise OpenError(
+                self.path,
+                "no process has it open, and SQLite would leave a -wal and a -shm of this user's in its owner's way: "
+                "look at it as its owner, or at a copy of the file and its -wal",
+            )
 
     def uri(self, mode: str = "") -> str:
         """As a URI, which alone can say `mode=rw`: create nothing (https://sqlite.org/uri.html)."""
@@ -154,12 +161,12 @@ class File:
             return None
         return status.st_dev, status.st_ino
 
-    def wal_size(self) -> int:
-        """The bytes in the WAL: of a process that has the file open now, or of one that was killed."""
+    def wal_size(self) -> int | None:
+        """The bytes in the WAL: of a process that has the file open now, or of one that was killed. None: no WAL."""
         try:
             return os.stat(f"{self.real_path}-wal").st_size
         except OSError:
-            return 0
+            return None
 
 
 class Memory:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import NamedTuple
 
-from .errors import OpenError, SchemaError
+from .errors import OpenError, SchemaError, primary_code
 
 SQL = importlib.resources.files(__package__).joinpath("schema.sql").read_text(encoding="utf-8")
 
@@ -168,7 +168,7 @@ def update(conn: sqlite3.Connection, path: str) -> None:
                 conn.execute(addition.sql)
             except sqlite3.Error as error:
                 # ALTER TABLE reports a CHECK constraint that fails as a plain SQLITE_ERROR.
-                if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_ERROR):
+                if primary_code(error) not in (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_ERROR):
                     raise
                 # Not a SchemaError: that one promises that nothing was written, and WAL mode has been by now.
                 reason = f"{addition.problem}, and with the rows there it can't be added: {error}"

@@ -45,7 +45,8 @@ class DB:
         `timeout` is how many seconds each wait for a lock may last: this call's, a statement's, a transaction's.
         `on_connect(conn)` is called with each new connection, last, in the thread that gets it: for `row_factory`,
         `PRAGMA synchronous` and the like; not for using this `DB`. What it raises goes on to the caller, and the
-        connection is closed; so does `sqlite3.ProgrammingError` if it leaves autocommit mode.
+        connection is closed; so does `sqlite3.ProgrammingError` if it leaves autocommit mode. An SQL function or a row
+        factory that holds `conn` keeps it from being closed before its thread ends.
         `read_only=True` creates and writes nothing, and needs no permission to write the file, whose schema must be
         complete: for looking at a daemon's database, or at what a dead one left.
 
@@ -73,7 +74,7 @@ class DB:
         try:
             self._connect(_opening.open_first)
         except BaseException:
-            self.close()
+            DB.close(self)  # a subclass's may need what its __init__ would have made
             raise
 
     @property
@@ -95,11 +96,12 @@ class DB:
         """One write transaction: `with db.transaction() as conn:`, where `conn` is the calling thread's connection.
 
         Threads take turns, each waiting up to `timeout` seconds for its own; then `BEGIN IMMEDIATE` waits up to
-        `timeout` for other processes. The end of the block commits. Any exception rolls back and goes on.
+        `timeout` for other processes. The end of the block commits. Any exception in the block rolls back and goes on;
+        one that comes after COMMIT, such as a signal's, goes on with the commit made.
 
         Raises `sqlite3.OperationalError`: "database is locked" after `timeout`, and inside of another transaction
         "cannot start a transaction within a transaction". Raises what `conn` raises, and what COMMIT does, rolled back.
-        Raises `OpenError` if the file was removed or replaced: what is committed to the old one is lost.
+        Raises `OpenError` if the file or its WAL was removed or replaced: what is committed to the old one is lost.
 
         After a commit that leaves more than 16 MB in the WAL, it is checkpointed, which may wait 0.2 seconds for
         readers. Where they don't end, the logger "daemon_db" warns (https://sqlite.org/wal.html#ckpt).
@@ -240,7 +242,7 @@ class Transaction:
         next(steps)  # to where it waits for the reference
 
     def __enter__(self) -> sqlite3.Connection:
-        if self._is_used:
+        if self._is_used or self.steps() is None:
             raise RuntimeError("this transaction has been used: db.transaction() makes a new one")
         self._is_used = True
         conn: sqlite3.Connection = self.steps().send(self.reference)
