@@ -158,10 +158,12 @@ def test_the_child_may_not_open_the_same_file_while_the_parent_has_it_open(leave
     """It would get no locks on it: the parent's close would remove the WAL, with what the child commits after it."""
     run_forking(
         """
+        directory, name = os.path.split(path)
         os.symlink(path, path + "-link")
-        with DB.open(path) as db:
+        os.symlink(directory, directory + "-link")
+        with DB.open(path) as db:  # which creates it: there was no inode to know it by
             if not (child := fork()):
-                for name in (path, path + "-link"):
+                for name in (path, path + "-link", f"{directory}-link/{name}"):
                     refused(lambda: DB.open(name), OpenError, "forked while its parent had the file open")
                 if not (grandchild := fork()):
                     refused(lambda: DB.open(path), OpenError, "forked while its parent had the file open")
