@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import gc
 import signal
 import sqlite3
@@ -205,6 +206,28 @@ def test_when_rollback_fails_too_the_first_error_is_seen_and_the_connection_is_r
     assert "not authorized" in raised.value.__notes__[0]
     assert db.conn is not conn
     check_that_the_next_one_works(db)
+
+
+def test_control_c_during_the_rollback_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the later of the two errors, and the one that must not be lost."""
+    moments = []
+
+    class Interrupted(sqlite3.Connection):
+        def execute(self, sql: str, *arguments: object) -> sqlite3.Cursor:  # type: ignore[override]
+            if sql == "ROLLBACK" and not moments:
+                moments.append(self.in_transaction)
+                signal.raise_signal(signal.SIGINT)
+            return super().execute(sql, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Interrupted))
+    with DB.open(tmp_path / "daemon.db", timeout=0.2) as db:
+        with pytest.raises(KeyboardInterrupt) as raised, db.transaction() as conn:
+            insert_run(conn)
+            raise ValueError("first")
+        assert moments == [True]
+        assert repr(raised.value.__context__) == repr(ValueError("first"))
+        assert not db.conn.in_transaction  # which it was until this thread asked
+        check_that_the_next_one_works(db)
 
 
 def test_a_block_that_closes_the_db_commits_nothing(db: DB) -> None:
