@@ -6,6 +6,7 @@
 import asyncio
 import gc
 import os
+import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -14,8 +15,20 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, OpenError
-from support import LIMIT, append_event, in_thread, insert_run, join, open_files, rounds, run, wait_for
+from daemon_db import DB, OpenError, _schema
+from support import (
+    LIMIT,
+    append_event,
+    files_in,
+    in_thread,
+    insert_run,
+    join,
+    make_killed,
+    open_files,
+    rounds,
+    run,
+    wait_for,
+)
 
 shares_memory = pytest.mark.skipif(
     sqlite3.sqlite_version_info < (3, 36), reason="SQLite before 3.36 has no memory database for several threads"
@@ -433,6 +446,30 @@ with DB.open(sys.argv[1]) as db:
 
 
 # Signals
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_control_c_in_the_middle_of_opening_closes_the_connection(
+    read_only: bool, no_collector: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a killed process's WAL is left as it was."""
+
+    def interrupt(conn: sqlite3.Connection, _: str) -> None:
+        conn.execute("SELECT count(*) FROM runs").fetchone()
+        opened.append(conn)
+        signal.raise_signal(signal.SIGINT)
+
+    opened: list[sqlite3.Connection] = []
+    make_killed(tmp_path / "daemon.db")
+    (tmp_path / "daemon.db-shm").unlink()
+    before, files = open_files(), files_in(tmp_path)
+    monkeypatch.setattr(_schema, "missing", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        DB.open(tmp_path / "daemon.db", read_only=read_only)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        opened[0].execute("SELECT 1")
+    assert open_files() == before
+    assert {name: data for name, data in files_in(tmp_path).items() if not name.endswith("-shm")} == files
 
 
 def test_a_signal_at_any_moment_of_opening_and_closing_leaves_no_file_open(tmp_path: Path) -> None:
