@@ -319,20 +319,30 @@ assert f"ResourceWarning: unclosed database {{sys.argv[1]!r}}" in said, said
     run(code, tmp_path / "daemon.db")
 
 
-def test_a_function_called_at_exit_may_use_the_db_and_close_it(tmp_path: Path) -> None:
-    code = f"""{PROLOGUE}
-import atexit
+@pytest.mark.parametrize("registered", ["before the import", "before open", "after open"])
+def test_a_function_called_at_exit_may_use_the_db_and_close_it(registered: str, tmp_path: Path) -> None:
+    code = f"""
+import atexit, sys
 
 def finish():
     with db.transaction() as conn:
         append_event(conn)
     db.close()
 
-atexit.register(finish)  # it runs after what is registered later
+def register(moment):
+    if moment == {registered!r}:
+        atexit.register(finish)
+
+register("before the import")
+from daemon_db import DB
+from support import append_event, insert_run
+register("before open")
 db = DB.open(sys.argv[1])
 insert_run(db.conn)
+register("after open")
 """
     run(code, tmp_path / "daemon.db")
+    assert os.listdir(tmp_path) == ["daemon.db"]
     with DB.open(tmp_path / "daemon.db") as db:
         assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1,)
 

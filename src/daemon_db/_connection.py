@@ -1,5 +1,6 @@
 """One connection: the process and the thread that it belongs to, WAL mode and foreign keys."""
 
+import atexit
 import contextlib
 import functools
 import logging
@@ -281,12 +282,9 @@ thread = _Thread()
 """The calling thread's own."""
 
 
+@atexit.register
 def _close_all() -> None:
     thread.connections.close_all()
-
-
-# At exit, after the `DB`s' own finalizers, and after what callers have registered with `atexit` since the import.
-weakref.finalize(thread, _close_all)
 
 
 # SQLite's settings

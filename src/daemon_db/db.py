@@ -71,6 +71,7 @@ class DB:
         self._shared = Shared()
         self._wal = Wal(place)
         self._finalizer = weakref.finalize(self, _drop, self._shared, self.path)
+        self._finalizer.atexit = False  # functions registered for the exit, also before this, may want to use it
         try:
             self._connect(_opening.open_first)
         except BaseException:
