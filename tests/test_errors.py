@@ -1,5 +1,7 @@
 """The errors of opening."""
 
+import errno
+import os
 import pickle
 import sqlite3
 from contextlib import closing
@@ -7,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, OpenError, SchemaError
+from daemon_db import DB, OpenError, SchemaError, errors
+from support import run
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -28,3 +31,27 @@ def test_both_errors_survive_pickling(tmp_path: Path, protocol: int) -> None:
         assert str(copy) == str(error)
         for name in ("path", "args", *names):
             assert getattr(copy, name) == getattr(error, name)
+
+
+LACKING = """
+import os, resource, sqlite3
+from daemon_db import errors
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+for code in sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN:
+    error = sqlite3.OperationalError("SQLite's words")
+    error.sqlite_errorcode, error.sqlite_errorname = code, "its name"
+    print(errors.translated(error, "the path", 1.0, False).reason)
+"""
+
+
+def test_a_lack_of_descriptors_is_said_where_it_is_the_reason() -> None:
+    """SQLite calls it SQLITE_CANTOPEN. What else it meets in a process without free ones is something else."""
+    assert run(LACKING) == f"SQLite's words\n{os.strerror(errno.EMFILE)}\n"
+
+
+def test_an_error_of_pythons_own_has_no_code() -> None:
+    translation = errors.translated(sqlite3.DataError("string longer than INT_MAX bytes"), "the path", 1.0, False)
+    assert str(translation) == "cannot open the path: string longer than INT_MAX bytes"
+    assert not hasattr(translation, "sqlite_errorcode")
+    assert not hasattr(translation, "sqlite_errorname")
