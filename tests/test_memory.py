@@ -39,13 +39,15 @@ def test_it_outlives_the_thread_that_opened_it() -> None:
         assert runs(db) == ["run-1"]
 
 
-def test_an_older_sqlite_refuses_it_to_a_second_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_sqlite_refuses_it_to_a_second_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 35, 5))
     with DB.open(":memory:") as db:
         insert_run(db.conn)
         with pytest.raises(sqlite3.NotSupportedError, match="3.36"):
             in_thread(lambda: db.conn)
         assert runs(db) == ["run-1"]
+        assert list(tmp_path.iterdir()) == []
 
 
 @shares_memory
