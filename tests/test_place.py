@@ -426,6 +426,17 @@ class TestForbidden:
         assert output == f"{reason.format(parent=path.parent)}\n"
         assert files_in(public) == before
 
+    def test_a_directory_further_up(self, change: str, public: Path) -> None:
+        """Nobody can say what is in there: so the reason is not that the database's own directory isn't writable."""
+        path = public / "closed" / "directory" / "db"
+        path.parent.mkdir(parents=True)
+        path.parent.chmod(0o777)
+        path.parent.parent.chmod(0o000)
+        output = run_unprivileged(OPEN_AND_INSERT, path, change=change)
+        path.parent.parent.chmod(0o755)
+        assert output == f"parent directory {path.parent}: {os.strerror(errno.EACCES)}\n"
+        assert files_in(path.parent) == {}
+
     @pytest.mark.parametrize(("make", "suffix"), [(make_killed, "-wal"), (make_killed, "-shm"), (make_hot, "-journal")])
     @pytest.mark.parametrize("mode", [0o444, 0o222, 0o000], ids=oct)
     def test_a_file_beside_it(
