@@ -59,8 +59,12 @@ def test_the_child_is_refused_and_the_parent_goes_on(leave: str, tmp_path: Path)
         with DB.open(path) as db:
             insert_run(db.conn)
             if not (child := fork()):
-                refused(lambda: db.conn, sqlite3.ProgrammingError, "open a new DB in the child")
-                refused(lambda: db.transaction().__enter__(), sqlite3.ProgrammingError, "fork()")
+                words = (
+                    f"<daemon_db.DB {path!r} open> was opened before a fork(), which no connection survives: "
+                    "close it in the parent before it forks, and open a new DB in the child"
+                )
+                refused(lambda: db.conn, sqlite3.ProgrammingError, words)
+                refused(lambda: db.transaction().__enter__(), sqlite3.ProgrammingError, words)
                 db.close()
                 db.close()
                 leave(0)
