@@ -310,7 +310,9 @@ def test_eight_writers_and_no_commit_acknowledged_after_the_change(change: Calla
                 change(file)
                 changed.set()
                 errors = [str(future.result(LIMIT)) for future in futures]
-        assert all(GONE in error for error in errors), errors
+        # For one that has just found the file in its place, the WAL's removal may be what it meets.
+        unexpected = [error for error in errors if GONE not in error and "its -wal was removed" not in error]
+        assert unexpected == []
         for name in os.listdir(file.parent):
             (file.parent / name).unlink()
 
