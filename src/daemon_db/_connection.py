@@ -312,10 +312,10 @@ def use_wal(conn: sqlite3.Connection, place: Place, timeout: float) -> None:
 def refuse_other_mode(conn: sqlite3.Connection, place: Place) -> None:
     """Raise `OpenError` if the file isn't in WAL mode: it is another, which has got the inode of a removed one.
 
-    This is the connection's first read, too, in which it opens the WAL by its name.
+    In WAL mode the connection's first read, which this is, opens the WAL by its name, or creates it.
     """
-    (mode,) = conn.execute("PRAGMA journal_mode").fetchone()
-    if mode != place.journal_mode and not place.read_only:
+    conn.execute("PRAGMA schema_version")  # unlike journal_mode, it doesn't parse the schema
+    if place.wal_size() is None and not place.read_only:
         raise OpenError(place.path, REPLACED)
 
 

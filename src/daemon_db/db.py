@@ -88,10 +88,13 @@ class DB:
         Raises `sqlite3.ProgrammingError` after `close()` and in a forked child (https://sqlite.org/howtocorrupt.html,
         2.6). A thread's first use raises what `open` raises, for instance if the file was removed or replaced.
         """
-        own = thread.connections.get(self._shared)
-        if own is None or own.transaction is not None or self._shared.open_in != _connection.pid:
-            own = self._own()  # which finds out what is to be done, or to be refused
-        return own.conn
+        try:
+            own = thread.connections[self._shared]
+            if own.transaction is None and self._shared.open_in == _connection.pid:
+                return own.conn
+        except KeyError:
+            pass
+        return self._own().conn  # which finds out what is to be done, or to be refused
 
     def transaction(self) -> "Transaction":
         """One write transaction: `with db.transaction() as conn:`, where `conn` is the calling thread's connection.
