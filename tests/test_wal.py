@@ -21,6 +21,7 @@ LOW = 1_000_000
 @pytest.fixture(autouse=True)
 def low_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_connection, "WAL_LIMIT", LOW)
+    monkeypatch.setattr(_connection, "LOOK_EVERY", 0)
 
 
 @pytest.fixture
@@ -316,3 +317,14 @@ def test_a_logging_handler_may_write_to_the_database(db: DB, monkeypatch: pytest
         grow_until(db, lambda size: size > LOW)
     assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1,)
     in_thread(lambda: grow(db))  # the turn is free
+
+
+def test_it_is_not_looked_at_after_each_of_many_commits(db: DB, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_connection, "LOOK_EVERY", LIMIT)
+    for _ in range(10):
+        grow(db)
+    assert wal_size(db) > LOW
+    with DB.open(db.path) as other:  # which hasn't looked yet
+        with other.transaction():
+            pass
+    assert wal_size(db) == 0

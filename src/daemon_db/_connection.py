@@ -315,7 +315,7 @@ def refuse_other_mode(conn: sqlite3.Connection, place: Place) -> None:
     In WAL mode the connection's first read, which this is, opens the WAL by its name, or creates it.
     """
     conn.execute("PRAGMA schema_version")  # unlike journal_mode, it doesn't parse the schema
-    if place.wal_size() is None and not place.read_only:
+    if not place.has_wal() and not place.read_only:
         raise OpenError(place.path, REPLACED)
 
 
@@ -338,6 +338,9 @@ def forbid_writing(conn: sqlite3.Connection) -> None:
 WAL_LIMIT = 16 * 2**20
 """Bytes that the WAL may have before a commit checkpoints all of it. SQLite's own checkpoints are at 4 MB."""
 
+LOOK_EVERY = 0.01
+"""Seconds from one look at its size to the next. One right after each fsync takes a quarter of eight threads' rate."""
+
 _PATIENCE = 0.2
 """Seconds that this checkpoint waits: for readers of the WAL, and then for those that have begun meanwhile.
 
@@ -356,14 +359,18 @@ class Wal:
     def __init__(self, place: Place) -> None:
         self._place = place
         self._limit = WAL_LIMIT
+        self._next_look = 0.0
 
     def bound(self, conn: sqlite3.Connection) -> None:
         """After a commit, for whoever has the turn: empty the WAL if it is too big. Where readers are in the way, say
         so, and try again at twice the size. Raise `OpenError` if it is gone.
         """
-        size = self._place.wal_size()
-        if size is None:  # what is committed to it is lost, and nobody else sees it
+        if not self._place.has_wal():  # what is committed to it is lost, and nobody else sees it
             raise OpenError(self._place.path, "its -wal was removed while it was open: close all DBs, and open it anew")
+        if time.monotonic() < self._next_look:
+            return
+        size = self._place.wal_size()
+        self._next_look = time.monotonic() + LOOK_EVERY
         if size <= WAL_LIMIT:
             self._limit = WAL_LIMIT
             return

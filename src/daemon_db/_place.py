@@ -161,12 +161,16 @@ class File:
             return None
         return status.st_dev, status.st_ino
 
-    def wal_size(self) -> int | None:
-        """The bytes in the WAL: of a process that has the file open now, or of one that was killed. None: no WAL."""
+    def has_wal(self) -> bool:
+        """Whether there is a WAL, be it empty: of a process that has the file open now, or of one that was killed."""
+        return os.access(f"{self.real_path}-wal", os.F_OK)
+
+    def wal_size(self) -> int:
+        """How many bytes are in it."""
         try:
             return os.stat(f"{self.real_path}-wal").st_size
         except OSError:
-            return None
+            return 0
 
 
 class Memory:
@@ -192,6 +196,9 @@ class Memory:
     def identify(self) -> None: ...
 
     def refuse_other(self) -> None: ...
+
+    def has_wal(self) -> bool:
+        return True
 
     def wal_size(self) -> int:
         return 0

@@ -107,8 +107,8 @@ class DB:
         "cannot start a transaction within a transaction". Raises what `conn` raises, and what COMMIT does, rolled back.
         Raises `OpenError` if the file or its WAL was removed or replaced: what is committed to the old one is lost.
 
-        After a commit that leaves more than 16 MB in the WAL, it is checkpointed, which may wait 0.2 seconds for
-        readers. Where they don't end, the logger "daemon_db" warns (https://sqlite.org/wal.html#ckpt).
+        After a commit, where the WAL has more than 16 MB, it is checkpointed, which may wait 0.2 seconds for readers.
+        Where they don't end, the logger "daemon_db" warns (https://sqlite.org/wal.html#ckpt).
         https://sqlite.org/lang_transaction.html.
         """
         return Transaction(self._transaction())
