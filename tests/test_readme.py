@@ -139,6 +139,10 @@ def test_the_benchmark_starts() -> None:
     assert "--quick" in run("tests/benchmark.py", "--help", cwd=ROOT)
 
 
+def test_nothing_is_left_to_be_filled_in() -> None:
+    assert re.findall("@[A-Z]+@", README) == []
+
+
 def test_every_command_is_known_to_be_run() -> None:
     setup = "python3 -m venv .venv && .venv/bin/python -m pip install --quiet"
     assert blocks("sh") == [
