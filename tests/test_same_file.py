@@ -173,6 +173,50 @@ with DB.open(path) as db:
     run(code, tmp_path / "daemon.db")
 
 
+@pytest.mark.parametrize("moment", ["sqlite3.connect", "sqlite3.connect/handle"])
+def test_a_refused_connection_leaves_alone_what_others_have_in_memory(moment: str, tmp_path: Path) -> None:
+    """The WAL's index, which is beside the path still when a backup is moved there.
+
+    Whatever reads the new file begins it anew, and empties it first: a thread that reads the old one then would crash
+    the process. The moments are Python's audit events, before SQLite opens the file and after it.
+    """
+    code = """
+import os, sys
+from pathlib import Path
+from daemon_db import DB, OpenError
+from support import in_thread, insert_run, make_wal
+
+path, moment = sys.argv[1:]
+events = []
+
+def hook(event, arguments):
+    if event == moment and armed:
+        armed.clear()
+        os.replace(path + "-backup", path)
+        os.utime(path + "-shm", (1, 1))
+        events.append("replaced")
+
+def ask():
+    armed.append(True)
+    try:
+        db.conn
+    except OpenError as error:
+        assert "removed or replaced since" in str(error), error
+        events.append("refused")
+
+armed = []
+make_wal(Path(path + "-backup"))
+sys.addaudithook(hook)
+with DB.open(path) as db:
+    insert_run(db.conn, "run-of-the-old")
+    in_thread(ask)
+    assert events == ["replaced", "refused"], events
+    assert os.stat(path + "-shm").st_mtime == 1
+    assert db.conn.execute("SELECT id FROM runs").fetchall() == [("run-of-the-old",)]
+"""
+    run(code, tmp_path / "daemon.db", moment)
+
+
 def test_a_file_removed_while_it_is_created(tmp_path: Path) -> None:
     code = """
 import os, sys

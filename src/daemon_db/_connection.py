@@ -214,7 +214,7 @@ def wal_kept(place: Place) -> Iterator[None]:
     can't write. Where there can't be another, the first one had no use of the WAL.
     """
     with contextlib.ExitStack() as stack:
-        if place.wal_size():
+        if place.wal_size() and place.is_there():  # beside another file, it may be in use here (see open_another)
             with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
                 reader = stack.enter_context(contextlib.closing(sqlite3.connect(place.uri("ro"), uri=True)))
                 reader.execute("SELECT 1 FROM sqlite_master").fetchone()

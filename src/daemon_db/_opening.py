@@ -39,6 +39,9 @@ def open_another(place: Place, timeout: float, shared: Shared) -> ThreadConnecti
         )
     try:
         with connected(place, timeout, shared) as own:
+            # Before anything is read: of another file, that would begin the WAL's index anew, which this process's
+            # connections to the old file have in memory. It is emptied first: they would crash the process (SIGBUS).
+            place.refuse_other()
             _connection.refuse_other_mode(own.conn, place)
             place.refuse_other()  # only now is it certain which file, and which WAL, SQLite has opened
             _connection.enforce_foreign_keys(own.conn)

@@ -151,8 +151,12 @@ class File:
 
     def refuse_other(self) -> None:
         """Raise `OpenError` if another file, or none, is at the path now: what is written to the old one is lost."""
-        if self._find() != self.id:
+        if not self.is_there():
             raise OpenError(self.path, REPLACED)
+
+    def is_there(self) -> bool:
+        """Whether the path is the file that was opened."""
+        return self._find() == self.id
 
     def _find(self) -> FileId | None:
         try:
@@ -196,6 +200,9 @@ class Memory:
     def identify(self) -> None: ...
 
     def refuse_other(self) -> None: ...
+
+    def is_there(self) -> bool:
+        return True
 
     def has_wal(self) -> bool:
         return True
