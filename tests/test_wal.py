@@ -244,6 +244,7 @@ def test_the_disk_is_given_back_when_the_reader_is_gone(
 ) -> None:
     """With the limit that callers have."""
     monkeypatch.undo()
+    monkeypatch.setattr(_connection, "LOOK_EVERY", 0)
     with DB.open(file, on_connect=configure) as db:
         insert_run(db.conn)
         insert_run(db.conn, "run-2")
