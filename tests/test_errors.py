@@ -4,13 +4,14 @@ import errno
 import os
 import pickle
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from daemon_db import DB, OpenError, SchemaError, errors
-from support import run
+from support import files_in, make_wal, run
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -31,6 +32,37 @@ def test_both_errors_survive_pickling(tmp_path: Path, protocol: int) -> None:
         assert str(copy) == str(error)
         for name in ("path", "args", *names):
             assert getattr(copy, name) == getattr(error, name)
+
+
+def from_the_future(path: Path) -> None:
+    make_wal(path)
+    with open(path, "r+b") as file:
+        file.seek(44)  # the schema's format: 4 is the last that there is (https://sqlite.org/fileformat2.html)
+        file.write((5).to_bytes(4))
+
+
+def a_directory_for_its_wal(path: Path) -> None:
+    make_wal(path)
+    Path(f"{path}-wal").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("make", "read_only", "reason", "code"),
+    [
+        (from_the_future, False, "unsupported file format", "SQLITE_ERROR"),
+        (from_the_future, True, "unsupported file format", "SQLITE_ERROR"),
+        (a_directory_for_its_wal, False, "unable to open database file", "SQLITE_CANTOPEN"),
+    ],
+)
+def test_for_the_rest_sqlites_own_words(
+    make: Callable[[Path], None], read_only: bool, reason: str, code: str, tmp_path: Path
+) -> None:
+    make(tmp_path / "db")
+    before = files_in(tmp_path)
+    with pytest.raises(OpenError) as caught:
+        DB.open(tmp_path / "db", read_only=read_only)
+    assert (caught.value.reason, caught.value.sqlite_errorname) == (reason, code)
+    assert files_in(tmp_path) == before
 
 
 LACKING = """
