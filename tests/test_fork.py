@@ -168,7 +168,12 @@ def test_the_child_may_not_open_the_same_file_while_the_parent_has_it_open(leave
         with DB.open(path) as db:  # which creates it: there was no inode to know it by
             if not (child := fork()):
                 for name in (path, path + "-link", f"{directory}-link/{name}"):
-                    refused(lambda: DB.open(name), OpenError, "forked while its parent had the file open")
+                    words = (
+                        f"cannot open {name}: this process was forked while its parent had the file open, and SQLite's "
+                        "locks on it don't work here; close the DB before the fork, or start the process by spawn or "
+                        "exec"
+                    )
+                    refused(lambda: DB.open(name), OpenError, words)
                 if not (grandchild := fork()):
                     refused(lambda: DB.open(path), OpenError, "forked while its parent had the file open")
                     leave(0)

@@ -80,7 +80,10 @@ def test_a_transaction_is_for_one_with_statement(db: DB) -> None:
     transaction = db.transaction()
     with transaction as conn:
         insert_run(conn)
-    with pytest.raises(RuntimeError, match="has been used"), transaction:
+    with (
+        pytest.raises(RuntimeError, match=r"^this transaction has been used: db\.transaction\(\) makes a new one$"),
+        transaction,
+    ):
         pass
     check_that_the_next_one_works(db, "run-1")
 

@@ -61,9 +61,9 @@ def test_calling_the_class_says_what_to_call(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for cls in (DB, Store):
-        with pytest.raises(TypeError, match=r"DB\.open\(path\)"):
+        with pytest.raises(TypeError, match=r"^DB\.open\(path\) is what opens a database$"):
             cls(*arguments)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"DB\.open\(path\)"):
+    with pytest.raises(TypeError, match=r"^DB\.open\(path\) is what opens a database$"):
         DB(path="daemon.db")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
