@@ -411,11 +411,12 @@ class TestForAUserWhoMayOnlyRead:
         assert look(public, file_mode, directory_mode, change) == output
         assert without_index(files_in(public)) == before
 
-    def test_beside_a_daemon(self, change: str, public: Path) -> None:
+    @pytest.mark.parametrize("directory_mode", [0o555, 0o777], ids=oct)
+    def test_beside_a_daemon(self, directory_mode: int, change: str, public: Path) -> None:
         with DB.open(public / "db") as daemon:
             insert_run(daemon.conn)
             before = files_in(public)
-            assert look(public, 0o444, 0o555, change) == f"1\n{REFUSED_TO_WRITE}"
+            assert look(public, 0o444, directory_mode, change) == f"1\n{REFUSED_TO_WRITE}"
             assert files_in(public) == before
             insert_run(daemon.conn, "run-2")
 
