@@ -272,6 +272,58 @@ other.close()
     run(code, tmp_path / "daemon.db", leave)
 
 
+def test_the_very_first_instruction_of_the_child_of_a_thread_that_waited_for_anothers_fork(tmp_path: Path) -> None:
+    """The other's fork ends just before: that mustn't undo what this one has prepared."""
+    code = """
+import os, sqlite3, sys, threading, warnings
+
+warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
+forked, waiting, seen, statuses = threading.Event(), threading.Event(), [], []
+
+def in_parent():
+    if not forked.is_set():
+        forked.set()
+        wait_for(waiting)
+
+def in_child():
+    if forked.is_set():
+        try:
+            db.conn
+        except sqlite3.ProgrammingError as error:
+            seen.append(str(error))
+
+os.register_at_fork(after_in_parent=in_parent, after_in_child=in_child)
+from daemon_db import DB, _connection  # from here on: its own at-fork functions run after these
+from support import LIMIT, insert_run, join, wait_for
+
+class Lock:
+    def __init__(self, lock):
+        self.lock, self.release = lock, lock.release
+
+    def acquire(self):
+        if not self.lock.acquire(blocking=False):
+            waiting.set()
+            assert self.lock.acquire(timeout=LIMIT)
+
+def fork():
+    if not (child := os.fork()):
+        os._exit(["was opened before a fork()" in words for words in seen] != [True] * forked.is_set())
+    statuses.append(os.waitpid(child, 0)[1])
+
+_connection._forking = Lock(_connection._forking)
+with DB.open(sys.argv[1]) as db:
+    insert_run(db.conn)
+    first, second = (threading.Thread(target=fork, daemon=True) for _ in range(2))
+    first.start()
+    wait_for(forked)
+    second.start()
+    join(first, second)
+    assert statuses == [0, 0], statuses
+    insert_run(db.conn, "run-2")
+"""
+    run(code, tmp_path / "daemon.db")
+
+
 def test_a_fork_in_the_middle_of_opening(leave: str, tmp_path: Path) -> None:
     """By another thread, when SQLite is about to open the file, has opened it, and has been asked for the first time.
 
