@@ -36,7 +36,7 @@ class SchemaError(sqlite3.DatabaseError):
         return "\n".join((f"the schema of {self.path} does not fit:", *self.problems))
 
 
-REPLACED = "removed or replaced since this DB was opened; put the file back, or open a new DB"
+REPLACED = "removed or replaced since this DB was opened; put the file back, or close this DB and then open a new one"
 
 
 def translated(error: BaseException, path: str, timeout: float, read_only: bool) -> OpenError | None:
