@@ -6,12 +6,15 @@ README's table, which takes minutes. Without it the same tests run for a moment 
 
 import fcntl
 import os
+import random
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
@@ -149,6 +152,23 @@ def end(process: subprocess.Popen[str]) -> tuple[str, str]:
     finally:
         process.kill()
         process.wait(LIMIT)
+
+
+def began_and_done(lines: str) -> tuple[list[int], list[int]]:
+    """The numbers of what a process began and of what it had done."""
+    said = [line.split() for line in lines.splitlines()]
+    return [int(n) for word, n in said if word == "begin"], [int(n) for word, n in said if word == "done"]
+
+
+def kill_at_random(code: str, *arguments: object) -> tuple[list[int], list[int]]:
+    """Start `code`, and kill it soon after its first "begin"; the numbers of what it began and of what it had done."""
+    process = start(code, *arguments)
+    said = process.stdout.readline()
+    time.sleep(random.uniform(0, 0.03))  # any moment will do
+    process.kill()
+    said += process.stdout.read()  # not left to communicate(): it doesn't know what readline() has in its buffer
+    assert (end(process), process.returncode) == (("", ""), -signal.SIGKILL)
+    return began_and_done(said)
 
 
 WAIT = f"""

@@ -6,7 +6,6 @@
 import itertools
 import math
 import os
-import random
 import signal
 import sqlite3
 import subprocess
@@ -22,9 +21,11 @@ import pytest
 from daemon_db import DB, OpenError, _schema
 from support import (
     LIMIT,
+    began_and_done,
     copy,
     end,
     insert_run,
+    kill_at_random,
     make_killed,
     make_nothing,
     make_rollback,
@@ -308,23 +309,6 @@ with DB.open(path, on_connect=configure) as db:
                 moment = moment.removeprefix("later ")
         os.write(1, b"done %d\\n" % number)
 """
-
-
-def began_and_done(lines: str) -> tuple[list[int], list[int]]:
-    """The numbers of what a process began and of what it had done."""
-    said = [line.split() for line in lines.splitlines()]
-    return [int(n) for word, n in said if word == "begin"], [int(n) for word, n in said if word == "done"]
-
-
-def kill_at_random(code: str, *arguments: object) -> tuple[list[int], list[int]]:
-    """Start `code`, and kill it soon after its first "begin"; the numbers of what it began and of what it had done."""
-    process = start(code, *arguments)
-    said = process.stdout.readline()
-    time.sleep(random.uniform(0, 0.03))  # any moment will do
-    process.kill()
-    said += process.stdout.read()  # not left to communicate(): it doesn't know what readline() has in its buffer
-    assert (end(process), process.returncode) == (("", ""), -signal.SIGKILL)
-    return began_and_done(said)
 
 
 def objects_in(path: Path) -> int:

@@ -4,7 +4,7 @@ An older version's file is made of `schema.sql` as it is, and the newer version'
 this process, or in others by a copy of the package.
 """
 
-import random
+import itertools
 import shutil
 import sqlite3
 import time
@@ -18,7 +18,7 @@ import pytest
 import daemon_db
 from daemon_db import DB, OpenError, SchemaError, _schema
 from daemon_db._schema import SQL
-from support import LIMIT, insert_run, rounds, run, start
+from support import LIMIT, copy, insert_run, kill_at_random, rounds, run, start
 from test_conflicts import HARMLESS, RUNS_UNIQUE, create, files, insert_everywhere, refused, schema
 
 SCHEMAS = Path(__file__).with_name("schemas")
@@ -531,35 +531,23 @@ def test_killed_while_updating(tmp_path: Path, newer: Newer, journal_mode: str) 
     newer(NEW)
     shutil.copyfile(template, tmp_path / "updated")
     DB.open(tmp_path / "updated").close()
-    chance = random.Random(journal_mode)
     halfway = 0
-    for kill in range(rounds(8, 75)):
+    for kill in itertools.count():
+        if kill >= rounds(8, 75) and halfway or kill == 500:
+            break
         directory = tmp_path / str(kill)
         directory.mkdir()
-        with start(UPDATE_IN_A_LOOP, new, directory, template, stderr=None) as process:
-            lines = [process.stdout.readline()]
-            time.sleep(chance.uniform(0, 0.03))  # any moment will do
-            process.kill()
-            lines += process.stdout
-        assert process.returncode == -9
-        began, done = ({line.split()[1] for line in lines if line.startswith(word)} for word in ("begin", "done"))
+        began, done = kill_at_random(UPDATE_IN_A_LOOP, new, directory, template)
         for number in began:
             path = directory / f"{number}.db"
             if number not in done and list(directory.glob(f"{number}.db-*")):
                 halfway += 1
-                assert catalogue(copy(path, directory)) in (old, catalogue(tmp_path / "updated"))
+                assert catalogue(copy(path, directory / "copy")) in (old, catalogue(tmp_path / "updated"))
             with DB.open(path) as db:
                 assert rows(db.conn) == before
                 assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
             assert catalogue(path) == catalogue(tmp_path / "updated")
     assert halfway > 0
-
-
-def copy(path: Path, directory: Path) -> Path:
-    for suffix in ("", "-wal", "-journal"):
-        if Path(f"{path}{suffix}").exists():
-            shutil.copyfile(f"{path}{suffix}", directory / f"copy{suffix}")
-    return directory / "copy"
 
 
 # SQL of a stranger's

@@ -137,6 +137,8 @@ class ThreadConnection:
     def __init__(self, place: Place, timeout: float, shared: Shared, opened: "set[ThreadConnection]") -> None:
         self.shared = shared
         self._place = place
+        self.is_refused = True
+        """Until it has been opened to its end. If it is closed before, it leaves the WAL as it was."""
         self.transaction: weakref.ref[GeneratorType[Any, Any, Any]] | None = None
         """What runs a transaction on it, until that is committed or rolled back."""
         _held[self] = place.id or place.real_path
@@ -201,13 +203,14 @@ class ThreadConnection:
         except sqlite3.Error:
             pass  # closed by hand; or ROLLBACK failed, and what remains is to close
         finally:
-            with wal_kept(self._place) if self._place.read_only else contextlib.nullcontext():
+            keeps_wal = self.is_refused or self._place.read_only
+            with _wal_kept(self._place) if keeps_wal else contextlib.nullcontext():
                 self.conn.close()
             _held.pop(self, None)
 
 
 @contextlib.contextmanager
-def wal_kept(place: Place) -> Iterator[None]:
+def _wal_kept(place: Place) -> Iterator[None]:
     """Leave the file, and the WAL beside it, as they are while a connection closes in here.
 
     When the last connection to a file closes, SQLite checkpoints the WAL into it. So another is open meanwhile, which

@@ -66,12 +66,12 @@ def connected(place: Place, timeout: float, shared: Shared) -> Iterator[ThreadCo
     try:
         own = thread.connections.open(place, timeout, shared)
         yield own
+        own.is_refused = False
     except BaseException as error:
         # First, because to close it frees descriptors, and a lack of them may be what SQLite means.
         words = translated(error, place.path, timeout, place.read_only)
         if own is not None:
-            with _connection.wal_kept(place):
-                thread.connections.close(own)
+            thread.connections.close(own)
         if words is not None:
             raise words from error
         raise

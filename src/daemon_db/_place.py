@@ -96,9 +96,8 @@ class File:
             raise OpenError(self.path, "permission denied: the file is not readable and writable by this user")
         there = self._beside("-wal", "-shm")
         for name in there:
-            self._refuse_forbidden(
-                name, os.R_OK | os.W_OK
-            )  # SQLite opens it all the same, and fails at the first write
+            # SQLite opens it all the same, and fails at the first write.
+            self._refuse_forbidden(name, os.R_OK | os.W_OK)
         if len(there) < 2:
             self._refuse_unwritable_directory()
 
@@ -112,17 +111,21 @@ class File:
         """Those of SQLite's files that there are."""
         return [name for suffix in suffixes if os.access(name := self.real_path + suffix, os.F_OK)]
 
+    def _can_write_beside(self) -> bool:
+        return _allowed(os.path.dirname(self.real_path), os.W_OK | os.X_OK)
+
     def _refuse_unwritable_directory(self) -> None:
-        directory = os.path.dirname(self.real_path)
-        if not _allowed(directory, os.W_OK | os.X_OK):
+        if not self._can_write_beside():
+            directory = os.path.dirname(self.real_path)
             raise OpenError(self.path, f"permission denied: directory {directory} is not writable by this user")
 
     def _examine_to_read(self, status: os.stat_result) -> None:
         if not _allowed(self.path, os.R_OK):
             raise OpenError(self.path, "permission denied: the file is not readable by this user")
-        for name in self._beside("-wal", "-shm"):
+        there = self._beside("-wal", "-shm")
+        for name in there:
             self._refuse_forbidden(name, os.R_OK)
-        if len(self._beside("-wal", "-shm")) == 2 or not _allowed(os.path.dirname(self.real_path), os.W_OK | os.X_OK):
+        if len(there) == 2 or not self._can_write_beside():
             return
         # SQLite makes what is missing, and only a connection that can write removes it again when it closes.
         if _allowed(self.path, os.W_OK):

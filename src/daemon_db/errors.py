@@ -43,7 +43,7 @@ def translated(error: BaseException, path: str, timeout: float, read_only: bool)
     """What SQLite said of the file that was to be opened, in words that say what to do. None for any other error."""
     if isinstance(error, UnicodeDecodeError):  # in SQLite's message, which quotes SQL that is in the file
         return OpenError(path, _damaged(error))
-    others = (OpenError, SchemaError, sqlite3.ProgrammingError, sqlite3.NotSupportedError)
+    others = (OpenError, SchemaError, sqlite3.ProgrammingError)
     if not isinstance(error, sqlite3.Error) or isinstance(error, others):
         return None
     translation = OpenError(path, in_words(error, timeout, read_only))
