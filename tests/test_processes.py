@@ -155,7 +155,7 @@ class TestTogether:
         make_rollback(templates[1], 3)
         make_killed(templates[2], 3, "delete")
         make_killed(templates[3], 3, "wal")
-        times = math.ceil(rounds(96, 3000) / count)
+        times = math.ceil(rounds(64, 3000) / count)
         paths = [copy(path, path.with_suffix(f".{number}")) for number in range(times) for path in templates]
         assert together(count, OPEN_EACH, *paths) == ["wal 9 0\nwal 9 3\nwal 9 3\nwal 9 3\n" * times] * count
 
@@ -451,7 +451,7 @@ class TestLocked:
 
     @BEGIN
     @TO_BE_WRITTEN
-    @pytest.mark.parametrize("timeout", [0, 0.3])
+    @pytest.mark.parametrize("timeout", [0, 0.1])
     def test_longer_than_the_timeout(
         self, timeout: float, make: Callable[[Path], None], begin: str, tmp_path: Path
     ) -> None:
@@ -462,7 +462,7 @@ class TestLocked:
             began = time.monotonic()
             with pytest.raises(OpenError) as caught:
                 DB.open(path, timeout=timeout)
-            assert time.monotonic() - began >= timeout - 0.05
+            assert time.monotonic() - began >= timeout / 2
             assert path.read_bytes() == before
         assert str(caught.value) == f"cannot open {path}: locked for more than {float(timeout)} s"
         assert caught.value.sqlite_errorcode == sqlite3.SQLITE_BUSY
