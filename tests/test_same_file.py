@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, OpenError
-from support import LIMIT, append_event, in_thread, insert_run, make_wal, open_files, rounds, run, wait_for
+from daemon_db import DB, OpenError, _connection
+from support import LIMIT, append_event, files_in, in_thread, insert_run, make_wal, open_files, rounds, run, wait_for
 
 GONE = "removed or replaced since this DB was opened"
+STILL_OPEN = "removed or replaced while a DB of this process has it open: close that"
 
 
 def runs(db: DB) -> list[str]:
@@ -48,6 +49,11 @@ def link_to_a_copy(file: Path) -> None:
     file.symlink_to(copy)
 
 
+def remove_left(file: Path) -> None:
+    for suffix in ("-wal", "-shm"):
+        file.with_name(file.name + suffix).unlink(missing_ok=True)
+
+
 changes = pytest.mark.parametrize(
     "change", [remove, remove_all, move_away, move_the_directory_away, put_another_in_its_place, link_to_a_copy]
 )
@@ -65,13 +71,13 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("change", ["removed", "replaced"])
 def test_a_later_connection_is_to_the_same_file_or_none(change: str, tmp_path: Path) -> None:
     file = tmp_path / "daemon.db"
+    make_wal(tmp_path / "other.db")
     with DB.open(file) as db:
         insert_run(db.conn)
         db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         file.rename(tmp_path / "moved.db")
         if change == "replaced":
-            with DB.open(file) as other:
-                insert_run(other.conn, "run-2")
+            (tmp_path / "other.db").rename(file)
         with pytest.raises(OpenError, match=GONE):
             in_thread(lambda: db.conn)
         assert file.exists() == (change == "replaced")
@@ -135,10 +141,7 @@ def test_a_file_replaced_by_one_with_its_inode(tmp_path: Path) -> None:
     assert file.read_bytes() == b""
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["os.rename(path, path + '-moved')", "os.rename(path, path + '-moved'); DB.open(path).close()", "os.remove(path)"],
-)
+@pytest.mark.parametrize("change", ["os.rename(path, path + '-moved')", "os.remove(path)"])
 def test_a_file_replaced_while_a_later_connection_is_opened(change: str, tmp_path: Path) -> None:
     """At the moment when SQLite has opened it, which Python's audit event tells."""
     code = f"""
@@ -245,6 +248,87 @@ assert events == ["removed", "refused"], events
 assert open_files() == before
 """
     run(code, tmp_path / "daemon.db")
+
+
+# Another DB
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("change", [remove, remove_all, move_away, put_another_in_its_place])
+def test_the_new_file_is_not_opened_before_the_old_one_is_closed(
+    change: Callable[[Path], None], read_only: bool, file: Path
+) -> None:
+    """Or SQLite would empty the WAL's index that is there, which threads of the old one have in memory."""
+    with DB.open(file) as db:
+        insert_run(db.conn, "run-of-the-old")
+        in_thread(lambda: db.conn)
+        change(file)
+        before = files_in(file.parent)
+        is_gone = change is not put_another_in_its_place
+        for _ in range(2):
+            with pytest.raises(OpenError, match="does not exist" if is_gone and read_only else STILL_OPEN):
+                DB.open(file, read_only=read_only)
+        assert files_in(file.parent) == before
+        assert runs(db) == ["run-of-the-old"]
+    remove_left(file)
+    with DB.open(file) as new:
+        assert runs(new) == ([] if is_gone else ["run-1"])
+
+
+def test_nor_before_a_thread_of_the_closed_one_has_ended_its_transaction(file: Path) -> None:
+    def work() -> None:
+        with pytest.raises(OpenError, match=GONE), db.transaction():
+            begun.set()
+            wait_for(end)
+
+    begun, end = threading.Event(), threading.Event()
+    db = DB.open(file)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        wait_for(begun)
+        put_another_in_its_place(file)
+        db.close()
+        with pytest.raises(OpenError, match=STILL_OPEN):
+            DB.open(file)
+        end.set()
+        future.result(LIMIT)
+        remove_left(file)
+        with DB.open(file) as new:  # the thread lives on
+            assert runs(new) == ["run-1"]
+
+
+def test_the_file_that_a_db_has_open_may_be_opened_by_whatever_name(file: Path) -> None:
+    link = file.with_name("link.db")
+    with DB.open(file) as db:
+        link.symlink_to(file)
+        with DB.open(link) as linked:
+            link.unlink()  # so that the one is where it was, and the other isn't
+            with DB.open(file) as another:
+                insert_run(another.conn)
+            assert runs(linked) == runs(db) == ["run-1"]
+
+
+@changes
+def test_another_file_may_be_opened_whatever_became_of_the_one(change: Callable[[Path], None], file: Path) -> None:
+    with DB.open(file) as db:
+        change(file)
+        with DB.open(file.parent.with_name("another.db")) as another:
+            insert_run(another.conn)
+        assert runs(db) == []
+
+
+@pytest.mark.parametrize("step", ["refuse_inherited", "_keep"])  # when the path has been looked at; when it is created
+def test_two_create_a_file_at_once(step: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(argument: object) -> None:
+        monkeypatch.undo()
+        others.append(DB.open(file))
+        getattr(_connection, step)(argument)
+
+    others: list[DB] = []
+    monkeypatch.setattr(_connection, step, create)
+    with DB.open(file) as db, others[0] as other:
+        insert_run(other.conn)
+        assert runs(db) == ["run-1"]
 
 
 def test_a_daemon_may_change_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

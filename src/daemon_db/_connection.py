@@ -15,7 +15,7 @@ from types import GeneratorType
 from typing import Any
 
 from ._place import FileId, Memory, Place
-from .errors import REPLACED, OpenError, is_busy
+from .errors import REPLACED, STILL_OPEN, OpenError, is_busy
 
 _log = logging.getLogger("daemon_db")
 
@@ -84,6 +84,19 @@ def refuse_inherited(place: Place) -> None:
         )
 
 
+def refuse_replaced(place: Place) -> None:
+    """Raise `OpenError` while a `DB` of this process has the file open that was at this path before.
+
+    That one's WAL index is still beside the path, and in this process's memory. SQLite doesn't see locks of its own
+    process: it would begin the index anew, and the old one's threads would crash, or write into the new one's.
+    """
+    for own in list(_held):
+        before = own.place
+        is_another = before.real_path == place.real_path and before.id not in (None, place.id)
+        if is_another and (own.shared.open_in or own.transaction) and not before.is_there():
+            raise OpenError(place.path, STILL_OPEN)
+
+
 # The thread
 
 
@@ -136,7 +149,7 @@ class ThreadConnection:
 
     def __init__(self, place: Place, timeout: float, shared: Shared, opened: "set[ThreadConnection]") -> None:
         self.shared = shared
-        self._place = place
+        self.place = place
         self.is_refused = True
         """Until it has been opened to its end. If it is closed before, it leaves the WAL as it was."""
         self.transaction: weakref.ref[GeneratorType[Any, Any, Any]] | None = None
@@ -203,8 +216,8 @@ class ThreadConnection:
         except sqlite3.Error:
             pass  # closed by hand; or ROLLBACK failed, and what remains is to close
         finally:
-            keeps_wal = self.is_refused or self._place.read_only
-            with _wal_kept(self._place) if keeps_wal else contextlib.nullcontext():
+            keeps_wal = self.is_refused or self.place.read_only
+            with _wal_kept(self.place) if keeps_wal else contextlib.nullcontext():
                 self.conn.close()
             _held.pop(self, None)
 

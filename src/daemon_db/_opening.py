@@ -14,6 +14,7 @@ def open_first(place: Place, timeout: float, shared: Shared) -> ThreadConnection
     """Open the database: create it, or bring it up to date, where that is needed."""
     place.examine()
     _connection.refuse_inherited(place)
+    _connection.refuse_replaced(place)
     if isinstance(place, Memory) and place.is_shared:
         shared.anchor(place)
     with connected(place, timeout, shared) as own:

@@ -36,7 +36,15 @@ class SchemaError(sqlite3.DatabaseError):
         return "\n".join((f"the schema of {self.path} does not fit:", *self.problems))
 
 
-REPLACED = "removed or replaced since this DB was opened; put the file back, or close this DB and then open a new one"
+# What is left in the old file's WAL would be written over another one's.
+REPLACED = (
+    "removed or replaced since this DB was opened; put the file back, or close this DB, remove what is left of its "
+    "-wal and -shm, and open a new one"
+)
+STILL_OPEN = (
+    "removed or replaced while a DB of this process has it open: close that, and remove what is left of its -wal and "
+    "-shm, first"
+)
 
 
 def translated(error: BaseException, path: str, timeout: float, read_only: bool) -> OpenError | None:
