@@ -1,7 +1,11 @@
 """What pytest says before it begins: which SQLite is tested, and whether threads run at the same time."""
 
+import signal
 import sqlite3
 import sys
+
+# A shell without job control starts what is to run in the background with Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
