@@ -1,4 +1,4 @@
-"""What pytest says before it begins: which SQLite is tested, and whether threads run at the same time."""
+"""What pytest says before it begins: which SQLite is tested, and whether threads run at the same time. And Ctrl-C."""
 
 import signal
 import sqlite3
