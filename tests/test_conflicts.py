@@ -291,7 +291,7 @@ CONSTRAINT_CONFLICTS = {
         "words: no such collation sequence: words",
     ),
     "extra column NOT NULL DEFAULT NULL": (
-        schema(units=("error TEXT", "error TEXT, kind TEXT NOT NULL DEFAULT NULL")),
+        schema(units=("error TEXT", "error TEXT, kind TEXT NOT NULL DEFAULT Null")),
         "units.kind: extra column, NOT NULL without a default",
     ),
 }

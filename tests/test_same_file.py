@@ -242,7 +242,7 @@ try:
         insert_run(conn)
     events.append("acknowledged")
 except OpenError as error:
-    assert "removed while it was opened" in str(error), error
+    assert str(error) == f"cannot open {path}: removed while it was opened", error
     events.append("refused")
 assert events == ["removed", "refused"], events
 assert open_files() == before

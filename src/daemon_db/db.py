@@ -146,8 +146,6 @@ class DB:
 
     def _refuse_use(self) -> None:
         """Raise `sqlite3.ProgrammingError` in a forked child, and if this is closed."""
-        if self._shared.open_in == _connection.pid:
-            return
         self._refuse_fork()
         if not self._shared.open_in:
             thread.connections.close_unused()
