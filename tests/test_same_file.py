@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, OpenError, _connection
+from daemon_db import DB, OpenError, _connection, _place
 from support import LIMIT, append_event, files_in, in_thread, insert_run, make_wal, open_files, rounds, run, wait_for
 
 GONE = "removed or replaced since this DB was opened"
-STILL_OPEN = "removed or replaced while a DB of this process has it open: close that"
+STILL_OPEN = "removed or replaced while this process has it open: close its DB"
 
 
 def runs(db: DB) -> list[str]:
@@ -176,8 +176,24 @@ with DB.open(path) as db:
     run(code, tmp_path / "daemon.db")
 
 
+def test_a_file_replaced_while_a_later_connection_reads_for_the_first_time(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only then is it certain which WAL it has."""
+
+    def read_and_replace(conn: sqlite3.Connection, place: _place.Place) -> None:
+        refuse_other_mode(conn, place)
+        put_another_in_its_place(file)
+
+    refuse_other_mode = _connection.refuse_other_mode
+    monkeypatch.setattr(_connection, "refuse_other_mode", read_and_replace)
+    with DB.open(file) as db, pytest.raises(OpenError, match=GONE):
+        in_thread(lambda: db.conn)
+
+
+@pytest.mark.parametrize("which", ["DB", "thread"])
 @pytest.mark.parametrize("moment", ["sqlite3.connect", "sqlite3.connect/handle"])
-def test_a_refused_connection_leaves_alone_what_others_have_in_memory(moment: str, tmp_path: Path) -> None:
+def test_a_refused_connection_leaves_alone_what_others_have_in_memory(which: str, moment: str, tmp_path: Path) -> None:
     """The WAL's index, which is beside the path still when a backup is moved there.
 
     Whatever reads the new file begins it anew, and empties it first: a thread that reads the old one then would crash
@@ -189,7 +205,7 @@ from pathlib import Path
 from daemon_db import DB, OpenError
 from support import in_thread, insert_run, make_wal
 
-path, moment = sys.argv[1:]
+path, moment, which = sys.argv[1:]
 events = []
 
 def hook(event, arguments):
@@ -202,9 +218,9 @@ def hook(event, arguments):
 def ask():
     armed.append(True)
     try:
-        db.conn
+        db.conn if which == "thread" else DB.open(path)
     except OpenError as error:
-        assert "removed or replaced since" in str(error), error
+        assert "removed or replaced" in str(error), error
         events.append("refused")
 
 armed = []
@@ -217,7 +233,7 @@ with DB.open(path) as db:
     assert os.stat(path + "-shm").st_mtime == 1
     assert db.conn.execute("SELECT id FROM runs").fetchall() == [("run-of-the-old",)]
 """
-    run(code, tmp_path / "daemon.db", moment)
+    run(code, tmp_path / "daemon.db", moment, which)
 
 
 def test_a_file_removed_while_it_is_created(tmp_path: Path) -> None:
@@ -242,7 +258,7 @@ try:
         insert_run(conn)
     events.append("acknowledged")
 except OpenError as error:
-    assert str(error) == f"cannot open {path}: removed while it was opened", error
+    assert str(error) == f"cannot open {path}: removed or replaced while it was opened", error
     events.append("refused")
 assert events == ["removed", "refused"], events
 assert open_files() == before
@@ -254,7 +270,7 @@ assert open_files() == before
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-@pytest.mark.parametrize("change", [remove, remove_all, move_away, put_another_in_its_place])
+@pytest.mark.parametrize("change", [remove, move_away, put_another_in_its_place])
 def test_the_new_file_is_not_opened_before_the_old_one_is_closed(
     change: Callable[[Path], None], read_only: bool, file: Path
 ) -> None:
@@ -275,26 +291,52 @@ def test_the_new_file_is_not_opened_before_the_old_one_is_closed(
         assert runs(new) == ([] if is_gone else ["run-1"])
 
 
-def test_nor_before_a_thread_of_the_closed_one_has_ended_its_transaction(file: Path) -> None:
-    def work() -> None:
-        with pytest.raises(OpenError, match=GONE), db.transaction():
-            begun.set()
-            wait_for(end)
+def test_nor_before_what_the_threads_of_the_closed_one_have_in_memory_is_removed(file: Path) -> None:
+    def work() -> int:
+        conn = db.conn
+        connected.set()
+        wait_for(opened)
+        return len(conn.execute("SELECT * FROM runs").fetchall())
 
-    begun, end = threading.Event(), threading.Event()
+    connected, opened = threading.Event(), threading.Event()
     db = DB.open(file)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work)
-        wait_for(begun)
+        wait_for(connected)
         put_another_in_its_place(file)
         db.close()
         with pytest.raises(OpenError, match=STILL_OPEN):
             DB.open(file)
-        end.set()
-        future.result(LIMIT)
         remove_left(file)
-        with DB.open(file) as new:  # the thread lives on
+        with DB.open(file) as new:
+            opened.set()
+            assert future.result(LIMIT) == 0
             assert runs(new) == ["run-1"]
+    with DB.open(file) as new:
+        assert runs(new) == ["run-1"]
+
+
+def test_once_all_of_the_old_one_is_removed_the_new_one_may_be_opened(file: Path) -> None:
+    with DB.open(file) as db:
+        insert_run(db.conn)
+        remove_all(file)
+        with DB.open(file) as new:
+            insert_run(new.conn, "run-of-the-new")
+            assert (runs(db), runs(new)) == (["run-1"], ["run-of-the-new"])
+    with DB.open(file) as new:
+        assert runs(new) == ["run-of-the-new"]
+
+
+@pytest.mark.parametrize(("old", "new"), [("link/daemon.db", "data/daemon.db"), ("data/./daemon.db", "data/daemon.db")])
+def test_by_whatever_name_the_new_file_is_opened(old: str, new: str, file: Path) -> None:
+    parent = file.parent.parent
+    (parent / "link").symlink_to("data")
+    with DB.open(os.path.join(parent, old)) as db:
+        insert_run(db.conn)
+        put_another_in_its_place(file)
+        with pytest.raises(OpenError, match=STILL_OPEN):
+            DB.open(os.path.join(parent, new))
+        assert runs(db) == ["run-1"]
 
 
 def test_the_file_that_a_db_has_open_may_be_opened_by_whatever_name(file: Path) -> None:
@@ -408,6 +450,22 @@ def test_a_path_that_is_a_link(tmp_path: Path) -> None:
         with pytest.raises(OpenError, match=GONE), db.transaction():
             pass
     assert sorted(os.listdir(tmp_path / "data")) == ["daemon.db"]
+
+
+def test_a_link_that_is_moved_with_its_file(tmp_path: Path) -> None:
+    """The WAL stays beside the file's old name, and who opens the link from now on would find nothing of it."""
+    (tmp_path / "data").mkdir()
+    link, file = tmp_path / "daemon.db", tmp_path / "data" / "daemon.db"
+    link.symlink_to(file)
+    with DB.open(link) as db:
+        insert_run(db.conn)
+        file.rename(file.with_name("moved.db"))
+        link.unlink()
+        link.symlink_to(file.with_name("moved.db"))
+        with pytest.raises(OpenError, match=GONE), db.transaction():
+            pass
+        with pytest.raises(OpenError, match=GONE):
+            in_thread(lambda: db.conn)
 
 
 @pytest.mark.parametrize("change", [remove, remove_all, put_another_in_its_place])

@@ -27,7 +27,7 @@ pid = os.getpid()
 _held: dict["ThreadConnection", FileId | str] = {}
 """The files on which SQLite may have locks, each from before it is asked to open it; by its path if it isn't there yet.
 
-To set or delete an item is atomic, and what reads them all is a forked child's only thread.
+To set or delete an item is atomic, and so is to copy them all.
 """
 
 _inherited: set[FileId | str] = set()
@@ -85,15 +85,14 @@ def refuse_inherited(place: Place) -> None:
 
 
 def refuse_replaced(place: Place) -> None:
-    """Raise `OpenError` while a `DB` of this process has the file open that was at this path before.
+    """Raise `OpenError` while this process has another file open whose WAL index is the one that is at this path.
 
-    That one's WAL index is still beside the path, and in this process's memory. SQLite doesn't see locks of its own
-    process: it would begin the index anew, and the old one's threads would crash, or write into the new one's.
+    It is in this process's memory, and SQLite doesn't see locks of its own process: it would begin the index anew, and
+    the threads that have the file open that was here before would crash, or write into the new one's.
     """
-    for own in list(_held):
-        before = own.place
-        is_another = before.real_path == place.real_path and before.id not in (None, place.id)
-        if is_another and (own.shared.open_in or own.transaction) and not before.is_there():
+    if index := place.index_id():
+        others = (own.place for own in list(_held) if own.place.id not in (None, place.id))
+        if any(other.index_id() == index and not other.is_there() for other in others):
             raise OpenError(place.path, STILL_OPEN)
 
 

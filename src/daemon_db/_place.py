@@ -145,11 +145,12 @@ class File:
         return f"file://{escaped}?mode={mode or self._mode}"
 
     def identify(self) -> None:
-        """Remember which file SQLite has created."""
+        """Know which file SQLite has opened, or created."""
+        found = _find(self.path)
+        if found is None or self.id not in (None, found):
+            raise OpenError(self.path, "removed or replaced while it was opened")
         if self.id is None:
-            self.id = self._find()
-            if self.id is None:
-                raise OpenError(self.path, "removed while it was opened")
+            self.id = found
             self._mode = "rw"
 
     def refuse_other(self) -> None:
@@ -158,15 +159,12 @@ class File:
             raise OpenError(self.path, REPLACED)
 
     def is_there(self) -> bool:
-        """Whether the path is the file that was opened."""
-        return self._find() == self.id
+        """Whether the path is the file that was opened. A link must still lead to where its WAL is, too."""
+        return _find(self.path) == self.id and (self.real_path == self.path or _find(self.real_path) == self.id)
 
-    def _find(self) -> FileId | None:
-        try:
-            status = os.stat(self.path)
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
+    def index_id(self) -> FileId | None:
+        """The file, if there is one, that holds the WAL's index (https://sqlite.org/walformat.html)."""
+        return _find(f"{self.real_path}-shm")
 
     def has_wal(self) -> bool:
         """Whether there is a WAL, be it empty: of a process that has the file open now, or of one that was killed."""
@@ -207,6 +205,8 @@ class Memory:
     def is_there(self) -> bool:
         return True
 
+    def index_id(self) -> None: ...
+
     def has_wal(self) -> bool:
         return True
 
@@ -234,6 +234,14 @@ def locate(path: str | os.PathLike[str], read_only: bool) -> Place:
         except OSError as error:
             raise OpenError(name, f"the working directory: {error.strerror}") from error
     return File(name, read_only)
+
+
+def _find(path: str) -> FileId | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 _EFFECTIVE_IDS = os.access in os.supports_effective_ids

@@ -52,8 +52,9 @@ class DB:
 
         A subclass gets its own type; its `__init__` isn't called.
 
-        Raises `OpenError` if the file can't be opened, and `SchemaError` if it is a database but not one that fits:
-        both before the first write. Raises `TypeError` or `ValueError` for a wrong argument.
+        Raises `OpenError` if the file can't be opened, and `SchemaError` if it is a database but not one that fits,
+        before the first write. Rows that allow no addition to the schema are an `OpenError`, and left as they were.
+        Raises `TypeError` or `ValueError` for a wrong argument.
 
         https://sqlite.org/wal.html, https://sqlite.org/foreignkeys.html, https://sqlite.org/lang_altertable.html.
         """

@@ -42,8 +42,8 @@ REPLACED = (
     "-wal and -shm, and open a new one"
 )
 STILL_OPEN = (
-    "removed or replaced while a DB of this process has it open: close that, and remove what is left of its -wal and "
-    "-shm, first"
+    "removed or replaced while this process has it open: close its DB, and remove what is left of its -wal and -shm, "
+    "first"
 )
 
 
