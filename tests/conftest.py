@@ -1,11 +1,14 @@
-"""What pytest says before it begins: which SQLite is tested, and whether threads run at the same time. And Ctrl-C."""
+"""What pytest begins with, whoever starts it, and what it says: which SQLite is tested, and whether there is a GIL."""
 
+import os
 import signal
 import sqlite3
 import sys
 
 # A shell without job control starts what is to run in the background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+os.umask(0o022)  # what a test makes, another user may read
 
 
 def pytest_report_header() -> str:

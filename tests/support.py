@@ -130,7 +130,11 @@ def files_in(directory: Path) -> dict[str, bytes | None]:
 
 
 def start(code: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
-    """Start Python on `code`: `arguments` in `sys.argv[1:]`, pipes for its three streams, warnings as errors."""
+    """Start Python on `code`: `arguments` in `sys.argv[1:]`, pipes for its three streams, warnings as errors.
+
+    It ends after `LIMIT` seconds, whatever it waits for, and so does what waits for it.
+    """
+    code = f"import signal\nsignal.alarm({LIMIT})\n{code}"
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
     defaults = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT}
     return subprocess.Popen(command, encoding="utf-8", errors="surrogateescape", **(defaults | options))
@@ -245,16 +249,22 @@ def public_directory() -> Iterator[Path]:
 
 
 UNPRIVILEGED = """
-import os, signal, sqlite3, sys
+import os, sqlite3, sys
 import daemon_db
 
 daemon_db.DB.open(":memory:").close()  # imports what opening imports: for the other user, those files may be unreadable
-signal.alarm(50)  # the end of an open that waits forever
 if os.geteuid() == 0:  # to whom nothing is forbidden
     os.setgroups([])
     os.setgid(65534)
     getattr(os, sys.argv[1])(65534)
 """
+
+
+def something_is_forbidden() -> bool:
+    """To this user, or to one that root can become: in some containers it can't."""
+    command = [sys.executable, "-c", "import os; os.setgroups([]); os.setgid(65534); os.setuid(65534)"]
+    return os.geteuid() != 0 or subprocess.run(command, stderr=subprocess.DEVNULL, timeout=LIMIT).returncode == 0
+
 
 CHANGES = ["setuid", "seteuid"] if os.geteuid() == 0 else ["as it is"]
 """How root becomes a user to whom something is forbidden."""

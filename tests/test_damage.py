@@ -360,7 +360,7 @@ def attempt_all(reports: Connection, directory: Path, good: dict[str, Files], se
         reports.send((seed, "crash or hang"))
         folder = directory / str(seed)
         folder.mkdir()
-        faulthandler.dump_traceback_later(60, exit=True)
+        faulthandler.dump_traceback_later(LIMIT / 2, exit=True)
         try:
             outcome = attempt(write(folder / "daemon.db", damaged(seed, good)))
         except BaseException:

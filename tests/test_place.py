@@ -34,6 +34,7 @@ from support import (
     public_directory,
     run,
     run_unprivileged,
+    something_is_forbidden,
 )
 
 
@@ -382,6 +383,7 @@ BESIDE_FORBIDDEN = "permission denied: {path}%s is not readable and writable by 
 DIRECTORY_FORBIDDEN = "permission denied: directory {parent} is not writable by this user"
 
 
+@pytest.mark.skipif(not something_is_forbidden(), reason="root can't become another user here")
 @pytest.mark.parametrize("change", CHANGES)
 class TestForbidden:
     """The effective user's permissions count, as they do for SQLite; the real user's may be more."""

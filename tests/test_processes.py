@@ -128,7 +128,7 @@ from daemon_db import DB
 for path in sys.argv[2:]:
     wait()
     try:
-        with DB.open(path, timeout=60) as db:
+        with DB.open(path, timeout=600) as db:
             (mode,) = db.conn.execute("PRAGMA journal_mode").fetchone()
             (objects,) = db.conn.execute("SELECT count(*) FROM sqlite_master WHERE sql NOT NULL").fetchone()
             print(mode, objects, *db.conn.execute("SELECT count(*) FROM runs WHERE config_json IS NULL").fetchone())
@@ -142,7 +142,7 @@ from support import insert_run
 
 wait()
 for cycle in range(int(sys.argv[3])):
-    with DB.open(sys.argv[2], timeout=60) as db, db.transaction() as conn:
+    with DB.open(sys.argv[2], timeout=600) as db, db.transaction() as conn:
         insert_run(conn, f"{sys.argv[1]}-{cycle}")
 print("done")
 """

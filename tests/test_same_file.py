@@ -354,8 +354,10 @@ def test_the_file_that_a_db_has_open_may_be_opened_by_whatever_name(file: Path) 
 def test_another_file_may_be_opened_whatever_became_of_the_one(change: Callable[[Path], None], file: Path) -> None:
     with DB.open(file) as db:
         change(file)
-        with DB.open(file.parent.with_name("another.db")) as another:
-            insert_run(another.conn)
+        for _ in range(2):
+            with DB.open(file.parent.with_name("another.db")) as another, DB.open(another.path) as same:
+                insert_run(another.conn)
+                same.conn.execute("DELETE FROM runs")
         assert runs(db) == []
 
 
@@ -363,12 +365,12 @@ def test_another_file_may_be_opened_whatever_became_of_the_one(change: Callable[
 def test_two_create_a_file_at_once(step: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def create(argument: object) -> None:
         monkeypatch.undo()
-        others.append(DB.open(file))
+        others.extend(DB.open(file) for _ in range(2))
         getattr(_connection, step)(argument)
 
     others: list[DB] = []
     monkeypatch.setattr(_connection, step, create)
-    with DB.open(file) as db, others[0] as other:
+    with DB.open(file) as db, others[0] as other, others[1]:
         insert_run(other.conn)
         assert runs(db) == ["run-1"]
 

@@ -13,7 +13,7 @@ import pytest
 import daemon_db
 from daemon_db import DB, SchemaError, _schema
 from daemon_db._schema import SQL
-from support import run, start
+from support import LIMIT, end, run, start
 from test_conflicts import HARMLESS, NOTES, RUNS_UNIQUE, STATEMENTS, create, files, insert_everywhere, refused, schema
 
 EMPTY = {
@@ -98,7 +98,7 @@ def test_the_wal_of_a_killed_process_is_not_checkpointed_into_a_refused_file(
         "os.kill(os.getpid(), signal.SIGKILL)",
         path,
     )
-    assert (*writer.communicate(timeout=60), writer.returncode) == ("", "", -signal.SIGKILL)
+    assert (*end(writer), writer.returncode) == ("", "", -signal.SIGKILL)
     before = files(directory)
     assert before["daemon.db-wal"]
     link = tmp_path / "link.db"
@@ -219,7 +219,7 @@ def test_threads_that_compare_at_once() -> None:
 
     _schema.expected.cache_clear()
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(compare, range(160), timeout=60)) == [1] * 160
+        assert list(pool.map(compare, range(160), timeout=LIMIT)) == [1] * 160
 
 
 def test_from_a_zip_file(tmp_path: Path) -> None:

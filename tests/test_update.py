@@ -18,7 +18,7 @@ import pytest
 import daemon_db
 from daemon_db import DB, OpenError, SchemaError, _schema
 from daemon_db._schema import SQL
-from support import LIMIT, copy, insert_run, kill_at_random, rounds, run, start
+from support import LIMIT, copy, end, insert_run, kill_at_random, rounds, run, start
 from test_conflicts import HARMLESS, RUNS_UNIQUE, create, files, insert_everywhere, refused, schema
 
 SCHEMAS = Path(__file__).with_name("schemas")
@@ -57,7 +57,7 @@ def older_file(path: Path, script: str = SQL, journal_mode: str = "delete") -> P
 def rows(conn: sqlite3.Connection) -> list[list[Any]]:
     """The rows of all tables, in the columns of the schema as first released."""
     with closing(sqlite3.connect(":memory:")) as first:
-        first.executescript((SCHEMAS / "0.1.0.sql").read_text())
+        first.executescript((SCHEMAS / "0.1.0.sql").read_text(encoding="utf-8"))
         names = {
             table: ", ".join(name for _, name, *_ in first.execute(f"PRAGMA table_info({table})")) for table in TABLES
         }
@@ -437,7 +437,7 @@ def test_a_file_size_limit(tmp_path: Path, limit: int) -> None:
 def version(directory: Path, script: str) -> Path:
     """A version of the package with another `schema.sql`: where to find it."""
     shutil.copytree(Path(daemon_db.__file__).parent, directory / "daemon_db")
-    (directory / "daemon_db" / "schema.sql").write_text(script)
+    (directory / "daemon_db" / "schema.sql").write_text(script, encoding="utf-8")
     return directory
 
 
@@ -469,7 +469,7 @@ daemon_db.DB.open(":memory:").close()
 print("ready", flush=True)
 sys.stdin.readline()
 for path in sys.argv[2:]:
-    with daemon_db.DB.open(path, timeout=60) as db:
+    with daemon_db.DB.open(path, timeout=600) as db:
         with db.transaction() as conn:
             conn.execute(
                 "INSERT INTO runs (id, feature_branch, repo_path, target_branch, tasks_dir, parallelism, status)"
@@ -493,11 +493,10 @@ def test_versions_open_an_old_file_at_once(tmp_path: Path, count: int) -> None:
             process.stdin.write("go\n")
             process.stdin.flush()
         for process in processes:
-            assert process.communicate(timeout=600) == ("done\n", "")
+            assert end(process) == ("done\n", "")
     finally:
         for process in processes:
-            process.kill()
-            process.communicate(timeout=60)
+            end(process)
     for path in paths:
         with closing(sqlite3.connect(path)) as conn:
             assert conn.execute("SELECT count(*) FROM runs").fetchone() == (count + 2,)
@@ -681,7 +680,7 @@ def test_a_file_of_a_released_version_is_brought_up_to_date(tmp_path: Path, rele
     """Red: `schema.sql` was changed in a way that strands this version's files. See "Changing the schema" in the README
     for what can be added, and for how to go about the rest.
     """
-    path = older_file(tmp_path / "daemon.db", released.read_text())
+    path = older_file(tmp_path / "daemon.db", released.read_text(encoding="utf-8"))
     with closing(sqlite3.connect(path)) as conn:
         before = rows(conn)
     try:

@@ -93,8 +93,9 @@ def test_below_the_limit_it_is_left_alone(db: DB, monkeypatch: pytest.MonkeyPatc
         grow(db)
 
 
-def test_readers_that_overlap_do_not_let_it_grow(file: Path) -> None:
+def test_readers_that_overlap_do_not_let_it_grow(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At any moment one of two is in the middle of a SELECT: SQLite alone would never begin the WAL anew."""
+    monkeypatch.setattr(_connection, "_PATIENCE", LIMIT)
     times = rounds(100, 3000)
     ended = threading.Event()
     turns = [threading.Semaphore(1), threading.Semaphore(0)]
