@@ -21,6 +21,7 @@ import pytest
 from daemon_db import DB, OpenError, _schema
 from support import (
     LIMIT,
+    OPEN_AND_DIE,
     began_and_done,
     copy,
     end,
@@ -209,52 +210,6 @@ class TestTogether:
                 break
         assert moment > 10
 
-
-OPEN_AND_DIE = """
-import itertools, os, resource, shutil, signal, sqlite3, sys
-from daemon_db import DB
-
-directory, template, where = sys.argv[1:4]
-moments = [0, 600, *range(3_000, 200_000, 3_700)] if where == "in a write" else itertools.count()
-connect = sqlite3.connect
-
-
-def connect_traced(place, **options):
-    conn = connect(place, **options)
-    if directory in place:
-        conn.set_trace_callback(die)
-    return conn
-
-
-def die(_):
-    global statements_left
-    if statements_left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    statements_left -= 1
-
-
-for number, moment in enumerate(moments):
-    path = f"{directory}/{number}.db"
-    if template:
-        shutil.copyfile(template, path)
-    child = os.fork()
-    if child == 0:
-        if where == "in a write":
-            # Once a file has that size: what it is to be written to it beyond is the end.
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (moment, resource.RLIM_INFINITY))
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        else:
-            statements_left = moment
-            sqlite3.connect = connect_traced
-        db = DB.open(path)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if status == 0:
-        break
-    assert os.waitstatus_to_exitcode(status) in (-signal.SIGKILL, -signal.SIGXFSZ), status
-print(number)
-"""
 
 OPEN_IN_A_LOOP = """
 import itertools, os, shutil, sys
