@@ -9,6 +9,7 @@ import os
 import signal
 import sqlite3
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -200,6 +201,22 @@ def test_a_pools_worker_has_no_more_open_after_many_closed_dbs_than_after_one(no
             after.append(len(open_files()))
         assert after == after[:1] * len(after)
     assert open_files() == at_start
+
+
+def test_what_is_closed_is_forgotten(path: str) -> None:
+    def use(db: DB) -> weakref.ref[object]:
+        db.conn.execute("SELECT 1").fetchone()
+        return weakref.ref(db._shared)
+
+    with ThreadPoolExecutor(1) as pool:
+        db = DB.open(path)
+        closed = [use(db), pool.submit(use, db).result(LIMIT)]
+        db.close()
+        del db
+        with DB.open(path) as other:
+            pool.submit(use, other).result(LIMIT)
+        gc.collect()
+        assert [reference() for reference in closed] == [None, None]
 
 
 def test_asking_a_closed_db_closes_the_threads_connection(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from support import (
     CHANGES,
     LIMIT,
     files_in,
+    in_thread,
     insert_run,
     make_hot,
     make_killed,
@@ -650,3 +651,17 @@ class TestMemory:
             assert db.conn.execute("SELECT count(*) FROM other.runs").fetchone() == (1,)
         assert list(files_in(tmp_path)) == ["copy"]
         works(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_it(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with DB.open(tmp_path / "db") as db:
+            os.umask(0)
+            in_thread(lambda: insert_run(db.conn))
+            assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
+                ("db", "db-wal", "db-shm"), mode
+            )
+    finally:
+        os.umask(before)

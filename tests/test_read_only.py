@@ -305,6 +305,14 @@ except daemon_db.OpenError as error:
             assert "in its owner's way: look at it as its owner" in run_unprivileged(code, directory / "db")
             assert files_in(directory) == before
 
+    def test_a_backup(self, tmp_path: Path) -> None:
+        make_wal(tmp_path / "db")
+        with (
+            DB.open(tmp_path / "db", read_only=True) as db,
+            pytest.raises(sqlite3.OperationalError, match="attempt to write a readonly database"),
+        ):
+            db.conn.execute("VACUUM INTO ?", (str(tmp_path / "backup"),))
+
     def test_memory(self) -> None:
         with pytest.raises(ValueError, match="^read_only is for files: a :memory: database begins empty$"):
             DB.open(":memory:", read_only=True)

@@ -11,7 +11,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -182,6 +182,26 @@ def test_an_error_of_commit_rolls_back(db: DB) -> None:
         conn.execute("PRAGMA defer_foreign_keys=ON")
         append_event(conn, "no such run")
     check_that_the_next_one_works(db)
+
+
+def commit_by_a_script(conn: sqlite3.Connection) -> None:
+    conn.executescript("SELECT 1")
+
+
+def commit_by_a_with_statement(conn: sqlite3.Connection) -> None:
+    with conn:
+        pass
+
+
+@pytest.mark.parametrize("commit", [sqlite3.Connection.commit, commit_by_a_script, commit_by_a_with_statement])
+def test_a_block_that_commits(commit: Callable[[sqlite3.Connection], None], db: DB) -> None:
+    """What it then writes is committed at once, and the end of the block says that there is nothing to commit."""
+    with pytest.raises(sqlite3.OperationalError, match="no transaction is active"), db.transaction() as conn:
+        insert_run(conn, "run-1")
+        commit(conn)
+        insert_run(conn, "run-2")
+    assert runs(db) == ["run-1", "run-2"]
+    check_that_the_next_one_works(db, "run-1", "run-2")
 
 
 def test_sqlite_rolling_back_by_itself_is_no_commit(db: DB) -> None:

@@ -48,6 +48,9 @@ def test_a_subclass_may_have_attributes_of_its_own(tmp_path: Path) -> None:
 
 def test_a_subclass_whose_close_needs_its_init_hides_no_error(tmp_path: Path) -> None:
     class Store(DB):
+        def __init__(self) -> None:
+            raise AssertionError("not called")
+
         def close(self) -> None:
             raise AssertionError("not of a DB that was never open")
 

@@ -307,6 +307,23 @@ def test_its_error_is_logged_and_the_commit_stands(pragma: str, file: Path, capl
         assert db.conn.execute("SELECT length(config_json) > 1000 FROM runs").fetchone() == (1,)
 
 
+def test_an_error_of_the_checkpoint_that_is_no_reader(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def interrupt_checkpoint(action: int, argument: str | None, *_: object) -> int:
+        is_interrupted.append(action == sqlite3.SQLITE_PRAGMA and argument == "wal_checkpoint")
+        return sqlite3.SQLITE_OK
+
+    def on_connect(conn: sqlite3.Connection) -> None:
+        configure(conn)
+        conn.set_authorizer(interrupt_checkpoint)
+        conn.set_progress_handler(lambda: is_interrupted[-1], 1)
+
+    is_interrupted = [False]
+    with DB.open(file, on_connect=on_connect) as db:
+        insert_run(db.conn)
+        grow_until(db, lambda size: size > LOW)
+        assert [message.partition("emptied: ")[2] for message in warnings_in(caplog)] == ["interrupted"]
+
+
 def test_a_logging_handler_may_write_to_the_database(db: DB, monkeypatch: pytest.MonkeyPatch) -> None:
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
