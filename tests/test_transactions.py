@@ -607,6 +607,8 @@ def test_signals_in_a_row_leave_no_transaction_open(count: int, gap: float, kept
 
     What the first has begun to undo, the next one interrupts. Then the thread's next use of the `DB` ends it.
     """
+    if count > 1 and sys.version_info < (3, 11, 7):
+        pytest.skip("CPython 3.11.2 fails when a signal interrupts a handler, without daemon_db, too; 3.11.7 doesn't")
     process = start(BURSTS, tmp_path / "daemon.db", rounds(300, 20_000), count, gap, kept)
     _, errors = end(process)  # among them what Python says of an exception that comes while it frees a generator
     assert process.returncode == 0, errors
