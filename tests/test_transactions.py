@@ -231,9 +231,10 @@ def test_when_rollback_fails_too_the_first_error_is_seen_and_the_connection_is_r
     check_that_the_next_one_works(db)
 
 
-def test_control_c_during_the_rollback_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the later of the two errors, and the one that must not be lost."""
-    moments = []
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Control-C comes before the first ROLLBACK: whether a transaction was open then."""
+    moments: list[bool] = []
 
     class Interrupted(sqlite3.Connection):
         def execute(self, sql: str, *arguments: object) -> sqlite3.Cursor:  # type: ignore[override]
@@ -243,14 +244,29 @@ def test_control_c_during_the_rollback_is_seen(tmp_path: Path, monkeypatch: pyte
             return super().execute(sql, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Interrupted))
-    with DB.open(tmp_path / "daemon.db", timeout=0.2) as db:
-        with pytest.raises(KeyboardInterrupt) as raised, db.transaction() as conn:
-            insert_run(conn)
-            raise ValueError("first")
-        assert moments == [True]
-        assert repr(raised.value.__context__) == repr(ValueError("first"))
-        assert not db.conn.in_transaction  # which it was until this thread asked
-        check_that_the_next_one_works(db)
+    return moments
+
+
+def test_control_c_during_the_rollback_is_seen(interrupted: list[bool], db: DB) -> None:
+    """It is the later of the two errors, and the one that must not be lost."""
+    with pytest.raises(KeyboardInterrupt) as raised, db.transaction() as conn:
+        insert_run(conn)
+        raise ValueError("first")
+    assert interrupted == [True]
+    assert repr(raised.value.__context__) == repr(ValueError("first"))
+    assert not db.conn.in_transaction  # which it was until this thread asked
+    check_that_the_next_one_works(db)
+
+
+def test_control_c_during_the_rollback_of_a_transaction_that_is_kept(interrupted: list[bool], db: DB) -> None:
+    transaction = db.transaction()
+    with pytest.raises(KeyboardInterrupt), contextlib.ExitStack() as stack:  # which holds it, as no `with` does
+        insert_run(stack.enter_context(transaction))
+        raise ValueError("first")
+    assert interrupted == [True]
+    assert not db.conn.in_transaction
+    check_that_the_next_one_works(db)
+    del transaction
 
 
 def test_a_block_that_closes_the_db_commits_nothing(db: DB) -> None:
