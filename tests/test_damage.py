@@ -288,7 +288,10 @@ def test_a_damaged_catalogue(rollback: bytes, tmp_path: Path, name: str, column:
     assert not [file for file in open_files() if file.startswith(str(path))]
 
 
-ADVICE = "remove its -wal and -shm, then restore a backup; or see https://sqlite.org/recovery.html"
+ADVICE = (
+    "stop every program that has it open, remove its -wal and -shm, then restore a backup; "
+    "or see https://sqlite.org/recovery.html"
+)
 
 
 def test_a_backup_is_restored_as_the_message_says(tmp_path: Path, good: dict[str, Files]) -> None:

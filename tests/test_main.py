@@ -223,7 +223,10 @@ class TestErrors:
         content = bytearray(path.read_bytes())
         content[(root - 1) * 4096] = 0xFF  # no kind of page
         path.write_bytes(content)
-        cure = "remove its -wal and -shm, then restore a backup; or see https://sqlite.org/recovery.html"
+        cure = (
+            "stop every program that has it open, remove its -wal and -shm, then restore a backup; "
+            "or see https://sqlite.org/recovery.html"
+        )
         fails(command(path), f"{path}: damaged (database disk image is malformed): {cure}")
 
     @pytest.mark.parametrize(
@@ -291,6 +294,21 @@ class TestDamage:
             for number in range(1, count + 1):
                 append_event(db.conn, f"gone-{number}")
 
+    def test_pages_that_nothing_uses(self, tmp_path: Path) -> None:
+        """SQLite tells of all of them in one row, of which each line is a problem."""
+        path = tmp_path / "daemon.db"
+        make_wal(path)
+        content = path.read_bytes()
+        pages = len(content) // 4096
+        more = (pages + 50).to_bytes(4, "big")  # https://sqlite.org/fileformat.html#in_header_database_size
+        path.write_bytes(content[:28] + more + content[32:] + bytes(50 * 4096))
+        done = command("--check", path)
+        assert (done.returncode, report(done.stdout)["check"]) == (1, "failed")
+        lines = done.stderr.splitlines()
+        assert len(lines) == 1
+        assert lines[0].count("never used") == 9  # after the name of the database
+        assert lines[0].endswith(" and 41 more")
+
     @pytest.mark.parametrize(("count", "more"), [(1, ""), (10, ""), (11, " and 1 more"), (15, " and 5 more")])
     def test_rows_without_their_run(self, count: int, more: str, tmp_path: Path) -> None:
         """On one line: the first ten, and how many more. As JSON: all."""
@@ -299,7 +317,7 @@ class TestDamage:
         assert command(path).returncode == 0
         problems = [f"events row {number} refers to a row of runs that isn't there" for number in range(1, count + 1)]
         done = command("--check", path)
-        assert "check" not in report(done.stdout)
+        assert report(done.stdout)["check"] == "failed"
         assert (done.returncode, done.stderr) == (
             1,
             f"daemon_db: {path} failed the check: {'; '.join(problems[:10])}{more}\n",

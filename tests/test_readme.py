@@ -135,7 +135,7 @@ def test_rows_are_copied_from_a_file_that_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_starts() -> None:
-    assert "`python tests/benchmark.py`" in README
+    assert "`.venv/bin/python tests/benchmark.py`" in README
     assert "--quick" in run("tests/benchmark.py", "--help", cwd=ROOT)
 
 

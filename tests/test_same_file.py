@@ -14,7 +14,7 @@ from daemon_db import DB, OpenError, _connection, _place
 from support import LIMIT, append_event, files_in, in_thread, insert_run, make_wal, open_files, rounds, run, wait_for
 
 GONE = "removed or replaced since this DB was opened"
-STILL_OPEN = "removed or replaced while this process has it open: close its DB"
+STILL_OPEN = "removed or replaced while this process has it open: put the file back; or stop every program"
 
 
 def runs(db: DB) -> list[str]:

@@ -48,7 +48,7 @@ def main() -> int:
     except sqlite3.Error as error:
         if primary_code(error) == sqlite3.SQLITE_INTERRUPT:  # by Ctrl-C, in the middle of a statement
             return fail("interrupted", 130)
-        return fail(f"{arguments.path}: {in_words(error)}")
+        return fail(f"{os.path.abspath(arguments.path)}: {in_words(error)}")
     try:
         if sys.stdout is not None:
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a name may be in no encoding
@@ -89,8 +89,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"foreign keys   {'on' if found['foreign_keys'] else 'off'}"
     for table, count in found["rows"].items():
         yield f"{table:14} {count} rows"
-    if found.get("problems") == []:
-        yield "check          ok"
+    if "problems" in found:
+        yield f"check          {'failed' if found['problems'] else 'ok'}"
 
 
 def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
@@ -104,7 +104,7 @@ def check(conn: sqlite3.Connection) -> Iterator[str]:
     """What `PRAGMA integrity_check` and `PRAGMA foreign_key_check` find wrong, nothing if nothing."""
     for (found,) in conn.execute("PRAGMA integrity_check"):
         if found != "ok":
-            yield found
+            yield from found.splitlines()  # up to a hundred in one row
     for table, rowid, parent, _ in conn.execute("PRAGMA foreign_key_check"):
         yield f"{table} row {rowid} refers to a row of {parent} that isn't there"
 

@@ -15,7 +15,7 @@ from types import GeneratorType
 from typing import Any
 
 from ._place import FileId, Memory, Place
-from .errors import REPLACED, STILL_OPEN, OpenError, is_busy
+from .errors import REPLACED, STILL_OPEN, WAL_REMOVED, OpenError, is_busy
 
 _log = logging.getLogger("daemon_db")
 
@@ -381,7 +381,7 @@ class Wal:
         so, and try again at twice the size. Raise `OpenError` if it is gone.
         """
         if not self._place.has_wal():  # what is committed to it is lost, and nobody else sees it
-            raise OpenError(self._place.path, "its -wal was removed while it was open: close all DBs, and open it anew")
+            raise OpenError(self._place.path, WAL_REMOVED)
         if time.monotonic() < self._next_look:
             return
         size = self._place.wal_size()

@@ -57,7 +57,9 @@ def open_another(place: Place, timeout: float, shared: Shared) -> ThreadConnecti
 def refuse_incomplete(missing: tuple[_schema.Addition, ...], place: Place) -> None:
     """Raise `SchemaError` for a file that would have to be brought up to date."""
     if missing:
-        raise SchemaError(place.path, (f"{addition.problem}: open adds it without read_only" for addition in missing))
+        raise SchemaError(
+            place.path, (f"{addition.problem}: an open without read_only (or --check) adds it" for addition in missing)
+        )
 
 
 @contextlib.contextmanager

@@ -106,7 +106,8 @@ class DB:
 
         Raises `sqlite3.OperationalError`: "database is locked" after `timeout`, and inside of another transaction
         "cannot start a transaction within a transaction". Raises what `conn` raises, and what COMMIT does, rolled back.
-        Raises `OpenError` if the file or its WAL was removed or replaced: what is committed to the old one is lost.
+        Raises `OpenError` if the file or its WAL was removed or replaced: what is committed to the old one is lost,
+        unless it is put back.
 
         After a commit, where the WAL has more than 16 MB, it is checkpointed, which may wait 0.2 seconds for readers.
         Where they don't end, the logger "daemon_db" warns (https://sqlite.org/wal.html#ckpt).

@@ -36,15 +36,12 @@ class SchemaError(sqlite3.DatabaseError):
         return "\n".join((f"the schema of {self.path} does not fit:", *self.problems))
 
 
-# What is left in the old file's WAL would be written over another one's.
-REPLACED = (
-    "removed or replaced since this DB was opened; put the file back, or close this DB, remove what is left of its "
-    "-wal and -shm, and open a new one"
-)
-STILL_OPEN = (
-    "removed or replaced while this process has it open: close its DB, and remove what is left of its -wal and -shm, "
-    "first"
-)
+# What is left in the old file's WAL would be written over another one's. And who removes it while another program has
+# begun a new one takes that one's commits.
+_BEGIN_ANEW = "stop every program that has it open, remove what is left of its -wal and -shm, and start again"
+REPLACED = f"removed or replaced since this DB was opened: put the file back; or {_BEGIN_ANEW}"
+STILL_OPEN = f"removed or replaced while this process has it open: put the file back; or {_BEGIN_ANEW}"
+WAL_REMOVED = "its -wal was removed while it was open: stop every program that has it open, and start again"
 
 
 def translated(error: BaseException, path: str, timeout: float, read_only: bool) -> OpenError | None:
@@ -89,7 +86,8 @@ def _unreadable(error: sqlite3.Error) -> str:
 def _damaged(error: Exception) -> str:
     # A WAL belongs to one file: what is left of the old one's would be written over the backup.
     return (
-        f"damaged ({error}): remove its -wal and -shm, then restore a backup; or see https://sqlite.org/recovery.html"
+        f"damaged ({error}): stop every program that has it open, remove its -wal and -shm, then restore a backup; "
+        "or see https://sqlite.org/recovery.html"
     )
 
 
