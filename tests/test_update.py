@@ -538,11 +538,11 @@ def test_killed_while_updating(tmp_path: Path, newer: Newer, journal_mode: str) 
             assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert catalogue(path) == catalogue(tmp_path / "updated")
 
-    path = os.pathsep.join([str(new), ENVIRONMENT["PYTHONPATH"]])
+    newer_first = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(new), ENVIRONMENT["PYTHONPATH"]])}
     for where in ("before a statement", "in a write"):
         directory = tmp_path / where
         directory.mkdir()
-        killed = int(run(OPEN_AND_DIE, directory, template, where, env=ENVIRONMENT | {"PYTHONPATH": path}))
+        killed = int(run(OPEN_AND_DIE, directory, template, where, env=newer_first))
         assert killed > 10
         beside = {file.name.rpartition("-")[2] for file in directory.glob("*.db-*") if file.stat().st_size}
         assert "wal" in beside
