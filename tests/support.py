@@ -179,19 +179,18 @@ def kill_at_random(code: str, *arguments: object) -> tuple[list[int], list[int]]
 
 
 OPEN_AND_DIE = """
-import itertools, os, resource, shutil, signal, sqlite3, sys
+import itertools, os, resource, shutil, signal, sys
 from daemon_db import DB
+from daemon_db._connection import Connection
 
 directory, template, where = sys.argv[1:4]
 moments = [0, 600, *range(3_000, 200_000, 3_700)] if where == "in a write" else itertools.count()
-connect = sqlite3.connect
+connect = Connection.__init__
 
 
-def connect_traced(place, **options):
-    conn = connect(place, **options)
-    if directory in place:
-        conn.set_trace_callback(die)
-    return conn
+def connect_traced(conn, state):
+    connect(conn, state)
+    conn.set_trace_callback(die)
 
 
 def die(_):
@@ -214,7 +213,7 @@ for number, moment in enumerate(moments):
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         else:
             statements_left = moment
-            sqlite3.connect = connect_traced
+            Connection.__init__ = connect_traced
         db = DB.open(path)
         os._exit(0)
     _, status = os.waitpid(child, 0)

@@ -67,23 +67,24 @@ def test_for_the_rest_sqlites_own_words(
 
 LACKING = """
 import os, resource, sqlite3
-from daemon_db import errors
+from daemon_db import _place
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
 for code in sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN:
     error = sqlite3.OperationalError("SQLite's words")
     error.sqlite_errorcode, error.sqlite_errorname = code, "its name"
-    print(errors.translated(error, "the path", 1.0, False).reason)
+    print(_place.locate("/a path", read_only=False).reason(error))
 """
 
 
 def test_a_lack_of_descriptors_is_said_where_it_is_the_reason() -> None:
     """SQLite calls it SQLITE_CANTOPEN. What else it meets in a process without free ones is something else."""
-    assert run(LACKING) == f"SQLite's words\n{os.strerror(errno.EMFILE)}\n"
+    assert run(LACKING) == f"None\n{os.strerror(errno.EMFILE)}\n"
 
 
 def test_an_error_of_pythons_own_has_no_code() -> None:
-    translation = errors.translated(sqlite3.DataError("string longer than INT_MAX bytes"), "the path", 1.0, False)
-    assert str(translation) == "cannot open the path: string longer than INT_MAX bytes"
-    assert not hasattr(translation, "sqlite_errorcode")
-    assert not hasattr(translation, "sqlite_errorname")
+    cause = sqlite3.DataError("string longer than INT_MAX bytes")
+    error = errors.open_error("the path", errors.in_words(cause), cause)
+    assert str(error) == "cannot open the path: string longer than INT_MAX bytes"
+    assert not hasattr(error, "sqlite_errorcode")
+    assert not hasattr(error, "sqlite_errorname")

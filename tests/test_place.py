@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, OpenError, _connection, _place
+from daemon_db import DB, OpenError, _connection, _place, _wal
 from support import (
     CHANGES,
     LIMIT,
@@ -143,14 +143,14 @@ NOT_A_DIRECTORY = os.strerror(errno.ENOTDIR)
 
 
 def refused(path: Path | str, reason: str, cause: type[Exception] | None = None, **options: bool) -> None:
-    """That it is refused for this, before SQLite was asked, and nothing was created, changed or left open."""
+    """That it is refused for this, and nothing was created, changed or left open."""
     directory = Path(path).parent
     before, open_before = files_in(directory), open_files()
     with pytest.raises(OpenError) as caught:
         DB.open(path, **options)
     assert str(caught.value) == f"cannot open {path}: {reason}"
     assert (caught.value.path, caught.value.reason) == (str(path), reason)
-    assert not hasattr(caught.value, "sqlite_errorcode")
+    assert hasattr(caught.value, "sqlite_errorcode") is (cause is sqlite3.OperationalError)
     assert type(caught.value.__cause__) is (cause or type(None))
     assert files_in(directory) == before
     assert open_files() == open_before
@@ -265,7 +265,8 @@ class TestNotToBeOpened:
             if length + len("-journal") <= longest:
                 works(path)
             else:
-                refused(path, f"{TOO_LONG}, with the -journal that SQLite adds", OSError)
+                cause = FileNotFoundError if make is make_nothing else sqlite3.OperationalError
+                refused(path, f"{TOO_LONG}, with the -journal that SQLite adds", cause)
 
     @pytest.mark.parametrize("make", [make_nothing, make_rollback])
     def test_a_path_has_the_length_that_sqlite_has_room_for(
@@ -285,7 +286,7 @@ class TestNotToBeOpened:
             if length <= longest:
                 works(path)
             else:
-                refused(path, "a path of more than 504 bytes is too long for SQLite")
+                refused(path, "a path of more than 504 bytes is too long for SQLite", sqlite3.OperationalError)
         # A link is as long as where it leads.
         Path("short").symlink_to(directory)
         works(f"short/{'x' * longest}")
@@ -294,23 +295,21 @@ class TestNotToBeOpened:
         """Such as in a file system without shared memory: here, in a VFS without it."""
         uri = f"{(tmp_path / 'db').as_uri()}?vfs=unix-dotfile"
         with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as conn, pytest.raises(OpenError) as caught:
-            _connection.use_wal(conn, _place.locate(tmp_path / "db", read_only=False), 5)
+            _wal.turn_on(conn, _place.locate(tmp_path / "db", read_only=False), 5)
         assert caught.value.reason == "WAL mode is not available here: journal_mode stayed 'delete'"
 
     @pytest.mark.parametrize("read_only", [False, True])
     def test_where_foreign_keys_are_not_available(
         self, read_only: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """In a SQLite built without them, the pragma has no effect: as it has none within a transaction."""
+        """In a SQLite built without them, the pragma has no effect."""
         make_rollback(tmp_path / "db")
-        enforce = _connection.enforce_foreign_keys
+        execute = sqlite3.Connection.execute
 
-        def enforce_within_a_transaction(conn: sqlite3.Connection) -> None:
-            conn.execute("BEGIN")
-            enforce(conn)
-            conn.execute("COMMIT")
+        def execute_but_for_foreign_keys(conn: sqlite3.Connection, sql: str) -> sqlite3.Cursor:
+            return execute(conn, "SELECT 1" if sql == "PRAGMA foreign_keys=ON" else sql)
 
-        monkeypatch.setattr(_connection, "enforce_foreign_keys", enforce_within_a_transaction)
+        monkeypatch.setattr(_connection.Connection, "execute", execute_but_for_foreign_keys)
         refused(tmp_path / "db", "this SQLite was built without foreign keys", read_only=read_only)
 
 
@@ -485,26 +484,23 @@ class TestForbidden:
 
 
 def test_a_wal_that_comes_and_goes_is_not_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process closes, and opens again, just while it is looked at. It is there at the first look."""
+    """Another process opens the file just while it is looked at: the WAL isn't there to be used, and then it exists."""
     wal = tmp_path / "db-wal"
     looks = []
     access = os.access
 
     def look(path: str, mode: int, **options: bool) -> bool:
+        found = access(path, mode, **options)
         if path == str(wal):
             looks.append(mode)
-            if len(looks) == 2:
-                wal.unlink()
-            if len(looks) == 3:
-                wal.touch()
-        return access(path, mode, **options)
+            wal.touch()
+        return found
 
     make_wal(tmp_path / "db")
-    wal.touch()
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", look)
         DB.open(tmp_path / "db").close()
-    assert len(looks) > 3
+    assert looks[:3] == [os.R_OK | os.W_OK, os.F_OK, os.R_OK | os.W_OK]
 
 
 def beside_nothing(path: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from daemon_db import DB, OpenError, _schema
+from daemon_db._connection import Connection, State
 from support import (
     LIMIT,
     OPEN_AND_DIE,
@@ -99,20 +100,18 @@ class Moments:
         self.errors: list[BaseException] = []
         for name in ("stat", "lstat", "access"):
             monkeypatch.setattr(os, name, partial(self.ask, getattr(os, name)))
-        monkeypatch.setattr(sqlite3, "connect", partial(self.connect, sqlite3.connect))
+        connect = Connection.__init__
+        monkeypatch.setattr(Connection, "__init__", lambda conn, state: self.connect(connect, conn, state))
 
     def ask(self, function: Callable[..., object], path: object, *arguments: object, **options: object) -> object:
         if str(path).startswith(self.path):
             self.pass_by()
         return function(path, *arguments, **options)
 
-    def connect(self, function: Callable[..., sqlite3.Connection], place: str, **options: object) -> sqlite3.Connection:
-        if self.path not in place:
-            return function(place, **options)
+    def connect(self, connect: Callable[[Connection, State], None], conn: Connection, state: State) -> None:
         self.pass_by()
-        conn = function(place, **options)
+        connect(conn, state)
         conn.set_trace_callback(self.pass_by)
-        return conn
 
     def pass_by(self, *_: object) -> None:
         self.moments_left -= 1

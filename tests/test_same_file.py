@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, OpenError, _connection, _place
+from daemon_db import DB, OpenError, _opening, _place, _process
 from support import LIMIT, append_event, files_in, in_thread, insert_run, make_wal, open_files, rounds, run, wait_for
 
 GONE = "removed or replaced since this DB was opened"
@@ -181,12 +181,12 @@ def test_a_file_replaced_while_a_later_connection_reads_for_the_first_time(
 ) -> None:
     """Only then is it certain which WAL it has."""
 
-    def read_and_replace(conn: sqlite3.Connection, place: _place.Place) -> None:
-        refuse_other_mode(conn, place)
+    def read_and_replace(conn: sqlite3.Connection, opened: _place.File) -> None:
+        read_first(conn, opened)
         put_another_in_its_place(file)
 
-    refuse_other_mode = _connection.refuse_other_mode
-    monkeypatch.setattr(_connection, "refuse_other_mode", read_and_replace)
+    read_first = _opening.read_first
+    monkeypatch.setattr(_opening, "read_first", read_and_replace)
     with DB.open(file) as db, pytest.raises(OpenError, match=GONE):
         in_thread(lambda: db.conn)
 
@@ -361,15 +361,19 @@ def test_another_file_may_be_opened_whatever_became_of_the_one(change: Callable[
         assert runs(db) == []
 
 
-@pytest.mark.parametrize("step", ["refuse_inherited", "_keep"])  # when the path has been looked at; when it is created
-def test_two_create_a_file_at_once(step: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [(_process, "refuse_inherited"), (_place.File, "remember_id")],
+    ids=["when the path has been looked at", "when it is created"],
+)
+def test_two_create_a_file_at_once(owner: object, step: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def create(argument: object) -> None:
         monkeypatch.undo()
         others.extend(DB.open(file) for _ in range(2))
-        getattr(_connection, step)(argument)
+        getattr(owner, step)(argument)
 
     others: list[DB] = []
-    monkeypatch.setattr(_connection, step, create)
+    monkeypatch.setattr(owner, step, create)
     with DB.open(file) as db, others[0] as other, others[1]:
         insert_run(other.conn)
         assert runs(db) == ["run-1"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, _connection
+from daemon_db import DB, _wal
 from support import LIMIT, append_event, end, in_thread, insert_run, rounds, start
 
 LOW = 1_000_000
@@ -20,8 +20,8 @@ LOW = 1_000_000
 
 @pytest.fixture(autouse=True)
 def low_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_connection, "WAL_LIMIT", LOW)
-    monkeypatch.setattr(_connection, "LOOK_EVERY", 0)
+    monkeypatch.setattr(_wal, "LIMIT", LOW)
+    monkeypatch.setattr(_wal, "LOOK_EVERY", 0)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert _connection.WAL_LIMIT == 16 * 2**20
+    assert _wal.LIMIT == 16 * 2**20
 
 
 def test_it_is_emptied_when_it_is_beyond_the_limit(db: DB, caplog: pytest.LogCaptureFixture) -> None:
@@ -88,14 +88,14 @@ def test_it_is_emptied_when_it_is_beyond_the_limit(db: DB, caplog: pytest.LogCap
 
 def test_below_the_limit_it_is_left_alone(db: DB, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that SQLite's own, which wait for nobody, do the work."""
-    monkeypatch.setattr(_connection, "_truncate_wal", lambda _: pytest.fail("not yet"))
+    monkeypatch.setattr(_wal, "_empty", lambda _: pytest.fail("not yet"))
     while wal_size(db) < LOW - 300_000:
         grow(db)
 
 
 def test_readers_that_overlap_do_not_let_it_grow(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At any moment one of two is in the middle of a SELECT: SQLite alone would never begin the WAL anew."""
-    monkeypatch.setattr(_connection, "_PATIENCE", LIMIT)
+    monkeypatch.setattr(_wal, "PATIENCE", LIMIT)
     times = rounds(100, 3000)
     ended = threading.Event()
     turns = [threading.Semaphore(1), threading.Semaphore(0)]
@@ -191,8 +191,8 @@ def test_a_reader_that_does_not_end_is_warned_of_each_time_the_size_has_doubled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tried: list[int] = []
-    truncate_wal = _connection._truncate_wal
-    monkeypatch.setattr(_connection, "_truncate_wal", lambda conn: (tried.append(wal_size(db)), truncate_wal(conn))[1])
+    empty = _wal._empty
+    monkeypatch.setattr(_wal, "_empty", lambda conn: (tried.append(wal_size(db)), empty(conn))[1])
     with reading(db):
         sizes = grow_until(db, lambda size: size > 6 * LOW)
         expected = [next(size for size in sizes if size > LOW)]
@@ -245,7 +245,7 @@ def test_the_disk_is_given_back_when_the_reader_is_gone(
 ) -> None:
     """With the limit that callers have."""
     monkeypatch.undo()
-    monkeypatch.setattr(_connection, "LOOK_EVERY", 0)
+    monkeypatch.setattr(_wal, "LOOK_EVERY", 0)
     with DB.open(file, on_connect=configure) as db:
         insert_run(db.conn)
         insert_run(db.conn, "run-2")
@@ -254,7 +254,7 @@ def test_the_disk_is_given_back_when_the_reader_is_gone(
             assert len(warnings_in(caplog)) == 1
         for _ in range(4):  # far less than twice the size: the next attempt to empty it isn't due
             grow(db, 10)
-        assert wal_size(db) <= _connection.WAL_LIMIT
+        assert wal_size(db) <= _wal.LIMIT
 
 
 # What callers set
@@ -343,7 +343,7 @@ def test_a_logging_handler_may_write_to_the_database(db: DB, monkeypatch: pytest
 
 
 def test_it_is_not_looked_at_after_each_of_many_commits(db: DB, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_connection, "LOOK_EVERY", LIMIT)
+    monkeypatch.setattr(_wal, "LOOK_EVERY", LIMIT)
     for _ in range(10):
         grow(db)
     assert wal_size(db) > LOW

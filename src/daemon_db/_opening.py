@@ -4,77 +4,97 @@ import contextlib
 import sqlite3
 from collections.abc import Iterator
 
-from . import _connection, _schema
-from ._connection import Shared, ThreadConnection, thread
-from ._place import Memory, Place
-from .errors import SchemaError, translated
+from . import _process, _schema, _wal
+from ._connection import Connection, State
+from ._place import File, Memory
+from .errors import REPLACED, OpenError, SchemaError, in_words, open_error
 
 
-def open_first(place: Place, timeout: float, shared: Shared) -> ThreadConnection:
+def open_first(state: State) -> Connection:
     """Open the database: create it, or bring it up to date, where that is needed."""
-    place.examine()
-    _connection.refuse_inherited(place)
-    _connection.refuse_replaced(place)
-    if isinstance(place, Memory) and place.is_shared:
-        shared.anchor(place)
-    with connected(place, timeout, shared) as own:
-        own.identify(place)
-        missing = _schema.missing(own.conn, place.path)
-        _connection.enforce_foreign_keys(own.conn)
-        _connection.refuse_unenforced_foreign_keys(own.conn, place)
-        if place.read_only:
-            refuse_incomplete(missing, place)
-            _connection.forbid_writing(own.conn)
+    file = state.file
+    file.examine()
+    _process.refuse_inherited(file)
+    _process.refuse_index_in_use(file)
+    with said_in_words(state):
+        conn = Connection(state)
+        file.remember_id()
+        missing = _schema.missing(conn, file.path)
+        enforce_foreign_keys(conn, file)
+        if file.read_only:
+            refuse_incomplete(missing, file)
+            forbid_writing(conn)
         else:
-            _connection.use_wal(own.conn, place, timeout)
+            _wal.turn_on(conn, file, state.timeout)
             if missing:
-                _schema.update(own.conn, place.path)
-    return own
+                _schema.update(conn, file.path)
+    return conn
 
 
-def open_another(place: Place, timeout: float, shared: Shared) -> ThreadConnection:
+def open_another(state: State) -> Connection:
     """Open one more connection, for another thread, to what `open_first` opened and to nothing else."""
-    if isinstance(place, Memory) and not place.is_shared:
+    file = state.file
+    if isinstance(file, Memory) and not file.is_shared:
         raise sqlite3.NotSupportedError(
-            f"SQLite {sqlite3.sqlite_version} has a {place.path} database for one thread only; 3.36 shares it"
+            f"SQLite {sqlite3.sqlite_version} has a {file.path} database for one thread only; 3.36 shares it"
         )
     try:
-        with connected(place, timeout, shared) as own:
-            # Before anything is read: of another file, that would begin the WAL's index anew, which this process's
-            # connections to the old file have in memory. It is emptied first: they would crash the process (SIGBUS).
-            place.refuse_other()
-            _connection.refuse_other_mode(own.conn, place)
-            place.refuse_other()  # only now is it certain which file, and which WAL, SQLite has opened
-            _connection.enforce_foreign_keys(own.conn)
-            if place.read_only:
-                _connection.forbid_writing(own.conn)
+        with said_in_words(state):
+            conn = Connection(state)
+            # Before anything is read. A read of another file would begin the WAL's index anew, and empty it first:
+            # this process's connections to the old file have that index in memory, and would crash (SIGBUS).
+            file.refuse_replaced()
+            read_first(conn, file)
+            file.refuse_replaced()  # only now is it certain which file, and which WAL, SQLite has opened
+            enforce_foreign_keys(conn, file)
+            if file.read_only:
+                forbid_writing(conn)
     except sqlite3.OperationalError:
-        place.refuse_other()  # in better words, if that is the reason: SQLite's may be "disk I/O error"
+        file.refuse_replaced()  # in better words, if that is the reason: SQLite's may be "disk I/O error"
         raise
-    return own
+    return conn
 
 
-def refuse_incomplete(missing: tuple[_schema.Addition, ...], place: Place) -> None:
+def read_first(conn: sqlite3.Connection, file: File) -> None:
+    """Read for the first time. In WAL mode this opens the WAL by its name, or creates it.
+
+    Raise `OpenError` if the file isn't in WAL mode: it is another file, which has got the inode of a removed one.
+    """
+    conn.execute("PRAGMA schema_version")  # unlike journal_mode, it doesn't parse the schema
+    if not file.has_wal() and not file.read_only:
+        raise OpenError(file.path, REPLACED)
+
+
+def enforce_foreign_keys(conn: sqlite3.Connection, file: File) -> None:
+    """Turn foreign keys on: a connection begins with them off (https://sqlite.org/foreignkeys.html#fk_enable)."""
+    conn.execute("PRAGMA foreign_keys=ON")
+    if conn.execute("PRAGMA foreign_keys").fetchone() != (1,):  # a SQLite that was built without them says nothing
+        raise OpenError(file.path, "this SQLite was built without foreign keys")
+
+
+def forbid_writing(conn: sqlite3.Connection) -> None:
+    """Let SQLite refuse every write (https://sqlite.org/pragma.html#pragma_query_only)."""
+    conn.execute("PRAGMA query_only=ON")
+
+
+def refuse_incomplete(missing: tuple[_schema.Addition, ...], file: File) -> None:
     """Raise `SchemaError` for a file that would have to be brought up to date."""
     if missing:
         raise SchemaError(
-            place.path, (f"{addition.problem}: an open without read_only (or --check) adds it" for addition in missing)
+            file.path, (f"{addition.problem}: an open without read_only (or --check) adds it" for addition in missing)
         )
 
 
 @contextlib.contextmanager
-def connected(place: Place, timeout: float, shared: Shared) -> Iterator[ThreadConnection]:
-    """A connection. Any error closes it, and leaves the file, and a killed process's WAL beside it, as they were."""
-    own = None
+def said_in_words(state: State) -> Iterator[None]:
+    """Raise `OpenError` for what SQLite says.
+
+    In here, before the connection is closed: to close it frees descriptors, and SQLite may mean a lack of them.
+    """
     try:
-        own = thread.connections.open(place, timeout, shared)
-        yield own
-        own.is_refused = False
-    except BaseException as error:
-        # First, because to close it frees descriptors, and a lack of them may be what SQLite means.
-        words = translated(error, place.path, timeout, place.read_only)
-        if own is not None:
-            thread.connections.close(own)
-        if words is not None:
-            raise words from error
+        yield
+    except (OpenError, SchemaError):
         raise
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        reason = state.file.reason(error) or in_words(error, state.timeout)
+        raise open_error(state.file.path, reason, error) from error

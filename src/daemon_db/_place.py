@@ -1,23 +1,24 @@
-"""Where a database is, before SQLite looks: a file, or this process's memory."""
+"""A database file, or this process's memory: what to look at before SQLite is asked, and why SQLite said no."""
 
+import contextlib
+import errno
 import os
 import sqlite3
 import stat
 
-from .errors import REPLACED, OpenError
+from .errors import HOT_JOURNAL, NO_INDEX, REPLACED, OpenError, primary_code
 
 MEMORY = ":memory:"
 FileId = tuple[int, int]
-"""Device and inode: what SQLite, too, tells files apart by."""
+"""Device and inode, by which SQLite, too, tells files apart."""
 
 _LONGEST_PATH = 504
 """Bytes: of the 512 that SQLite has for a path, 8 are for "-journal"."""
 
 
 class File:
-    """A database file: `path` is what the caller calls it, `real_path` where its links lead, with the WAL beside that.
-
-    `id` is the file that is there. None: none yet.
+    """A database file. `path` is the caller's name for it; `real_path` is where the links in that name lead: SQLite
+    puts the -wal and the -shm beside it. `id` is None until there is a file.
     """
 
     journal_mode = "wal"
@@ -27,109 +28,81 @@ class File:
         self.real_path = path
         self.read_only = read_only
         self.id: FileId | None = None
-        self._mode = "ro" if read_only else "rw"
+        self._mode = "ro" if read_only else "rwc"
+
+    # Before SQLite is asked
 
     def examine(self) -> None:
-        """Raise `OpenError` for what SQLite would refuse in fewer words, or take for a database although it is none."""
-        # Before 3.39, SQLite simplifies "link/.." by its text; the operating system goes where the link leads.
-        if "/.." in self.path:
-            self.real_path = os.path.realpath(self.path)
+        """Raise `OpenError` for what SQLite would hang on, take for a database, create in another place, or open and
+        then not be able to write. All else SQLite refuses by itself, and `reason` says why.
+        """
         try:
             status = os.lstat(self.path)
-            if stat.S_ISLNK(status.st_mode):
+            # Before 3.39, SQLite shortens "link/.." by its text; the operating system goes where the link leads.
+            if stat.S_ISLNK(status.st_mode) or "/.." in self.path:
                 self.real_path = os.path.realpath(self.path)
                 status = os.stat(self.path)
         except OSError as error:
             self._examine_absence(error)
         else:
-            self.id = status.st_dev, status.st_ino
             self._examine_file(status)
-        if len(os.fsencode(self.real_path)) > _LONGEST_PATH:
-            raise OpenError(self.path, f"a path of more than {_LONGEST_PATH} bytes is too long for SQLite")
-        self._examine_journal()
-
-    def _examine_journal(self) -> None:
-        journal = f"{self.real_path}-journal"
-        try:
-            os.lstat(journal)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise OpenError(self.path, f"{error.strerror}, with the -journal that SQLite adds") from error
-        if not self.read_only:
-            self._refuse_forbidden(journal, os.R_OK | os.W_OK)
 
     def _examine_absence(self, error: OSError) -> None:
         parent = os.path.dirname(self.path)
         try:
             os.stat(os.path.join(parent, ""))  # with the slash: as a directory
-        except FileNotFoundError:
+        except FileNotFoundError:  # SQLite shortens "no/../db" to "db", and creates that
             raise OpenError(self.path, f"parent directory {parent} does not exist") from error
         except OSError as obstacle:
             raise OpenError(self.path, f"parent directory {parent}: {obstacle.strerror}") from error
-        if isinstance(error, PermissionError) and not self.read_only:
-            self._refuse_unwritable_directory()
-        if not isinstance(error, FileNotFoundError):  # links in a circle, a name that is too long
-            raise OpenError(self.path, str(error.strerror)) from error
+        if not isinstance(error, FileNotFoundError):  # links in a circle, a name that is too long, a closed directory
+            forbidden = isinstance(error, PermissionError) and self._forbidden_directory()
+            raise OpenError(self.path, forbidden or str(error.strerror)) from error
         if self.read_only:
             raise OpenError(self.path, "it does not exist") from error
-        directory = os.path.dirname(self.real_path)
-        if not os.path.isdir(directory):
-            raise OpenError(self.path, f"it is a link into {directory}, which does not exist") from error
-        self._refuse_unwritable_directory()
-        self._mode = "rwc"
+        self.real_path = os.path.realpath(self.path)
+        if too_long := self._journal_name_too_long():  # SQLite would create the file, and then not the journal
+            raise OpenError(self.path, too_long) from error
 
     def _examine_file(self, status: os.stat_result) -> None:
         if stat.S_ISDIR(status.st_mode):
             raise OpenError(self.path, "it is a directory")
         if not stat.S_ISREG(status.st_mode):
-            raise OpenError(self.path, "not a regular file")  # to open one may take for ever
+            raise OpenError(self.path, "not a regular file")  # to open a pipe may take for ever
         if status.st_size == 1:
-            raise OpenError(self.path, "not a SQLite database")  # SQLite takes one byte for none
+            raise OpenError(self.path, "not a SQLite database")  # SQLite takes one byte for an empty file
+        self.id = status.st_dev, status.st_ino
+        if forbidden := self._forbidden("", "-wal", "-shm"):
+            raise OpenError(self.path, forbidden)
         if self.read_only:
-            self._examine_to_read(status)
-        else:
-            self._examine_to_write()
+            self._leave_nothing_behind(status)
 
-    def _examine_to_write(self) -> None:
-        if not _allowed(self.path, os.R_OK | os.W_OK):
-            raise OpenError(self.path, "permission denied: the file is not readable and writable by this user")
-        there = self._beside("-wal", "-shm")
-        for name in there:
-            # SQLite opens it all the same, and fails at the first write.
-            self._refuse_forbidden(name, os.R_OK | os.W_OK)
-        if len(there) < 2:
-            self._refuse_unwritable_directory()
+    def _forbidden(self, *suffixes: str) -> str | None:
+        """Which of these files this user may not use: SQLite opens one that it can't write all the same, to read."""
+        mode, rights = (os.R_OK, "readable") if self.read_only else (os.R_OK | os.W_OK, "readable and writable")
+        for suffix in suffixes:
+            name = self.real_path + suffix
+            # Asked twice, because other processes make and remove these files.
+            if all(not _allowed(name, mode) and _exists(name) for _ in range(2)):
+                return f"permission denied: {name if suffix else 'the file'} is not {rights} by this user"
+        return None
 
-    def _refuse_forbidden(self, name: str, mode: int) -> None:
-        # Asked again, because other processes make and remove these files.
-        if not _allowed(name, mode) and os.access(name, os.F_OK) and not _allowed(name, mode):
-            rights = "readable and writable" if mode & os.W_OK else "readable"
-            raise OpenError(self.path, f"permission denied: {name} is not {rights} by this user")
-
-    def _beside(self, *suffixes: str) -> list[str]:
-        """Those of SQLite's files that there are."""
-        return [name for suffix in suffixes if os.access(name := self.real_path + suffix, os.F_OK)]
+    def _forbidden_directory(self) -> str | None:
+        directory = os.path.dirname(self.real_path)
+        if self.read_only or self._can_write_beside():
+            return None
+        return f"permission denied: directory {directory} is not writable by this user"
 
     def _can_write_beside(self) -> bool:
         return _allowed(os.path.dirname(self.real_path), os.W_OK | os.X_OK)
 
-    def _refuse_unwritable_directory(self) -> None:
-        if not self._can_write_beside():
-            directory = os.path.dirname(self.real_path)
-            raise OpenError(self.path, f"permission denied: directory {directory} is not writable by this user")
-
-    def _examine_to_read(self, status: os.stat_result) -> None:
-        if not _allowed(self.path, os.R_OK):
-            raise OpenError(self.path, "permission denied: the file is not readable by this user")
-        there = self._beside("-wal", "-shm")
-        for name in there:
-            self._refuse_forbidden(name, os.R_OK)
-        if len(there) == 2 or not self._can_write_beside():
+    def _leave_nothing_behind(self, status: os.stat_result) -> None:
+        """To read, SQLite makes a -wal and a -shm. Only a connection that may write removes them when it closes."""
+        wal, index, journal = (_exists(self.real_path + suffix) for suffix in ("-wal", "-shm", "-journal"))
+        if wal and index or not self._can_write_beside():
             return
-        # SQLite makes what is missing, and only a connection that can write removes it again when it closes.
-        if _allowed(self.path, os.W_OK):
-            if not self._beside("-wal", "-journal"):  # which such a connection would checkpoint or play back
+        if _allowed(self.real_path, os.W_OK):
+            if not (wal or journal):  # which such a connection would checkpoint or play back
                 self._mode = "rw"
         elif status.st_uid != os.geteuid():
             raise OpenError(
@@ -144,68 +117,104 @@ class File:
         # "//" and no authority: the path itself may begin with two slashes
         return f"file://{escaped}?mode={mode or self._mode}"
 
-    def identify(self) -> None:
-        """Know which file SQLite has opened, or created."""
+    # Once SQLite has opened it
+
+    def remember_id(self) -> None:
+        """Know which file SQLite has opened, or created. Later connections are to this file or to none."""
         found = _find(self.path)
         if found is None or self.id not in (None, found):
             raise OpenError(self.path, "removed or replaced while it was opened")
-        if self.id is None:
-            self.id = found
+        self.id = found
+        if not self.read_only:
             self._mode = "rw"
 
-    def refuse_other(self) -> None:
+    def is_there(self) -> bool:
+        """Whether the path still is the file that was opened. A link must still lead to where the WAL is, too."""
+        return _find(self.path) == self.id and (self.real_path == self.path or _find(self.real_path) == self.id)
+
+    def refuse_replaced(self) -> None:
         """Raise `OpenError` if another file, or none, is at the path now: what is written to the old one is lost."""
         if not self.is_there():
             raise OpenError(self.path, REPLACED)
 
-    def is_there(self) -> bool:
-        """Whether the path is the file that was opened. A link must still lead to where its WAL is, too."""
-        return _find(self.path) == self.id and (self.real_path == self.path or _find(self.real_path) == self.id)
-
-    def index_id(self) -> FileId | None:
-        """The file, if there is one, that holds the WAL's index (https://sqlite.org/walformat.html)."""
-        return _find(f"{self.real_path}-shm")
-
     def has_wal(self) -> bool:
         """Whether there is a WAL, be it empty: of a process that has the file open now, or of one that was killed."""
-        return os.access(f"{self.real_path}-wal", os.F_OK)
+        return _exists(f"{self.real_path}-wal")
 
     def wal_size(self) -> int:
-        """How many bytes are in it."""
+        """How many bytes are in the WAL."""
         try:
             return os.stat(f"{self.real_path}-wal").st_size
         except OSError:
             return 0
 
+    def index_id(self) -> FileId | None:
+        """The -shm, if there is one: it holds the WAL's index (https://sqlite.org/walformat.html)."""
+        return _find(f"{self.real_path}-shm")
 
-class Memory:
-    """A database in memory, for the threads of one `DB`.
+    def close(self) -> None:
+        """Nothing is open."""
+
+    # Once SQLite has said no
+
+    def reason(self, error: Exception) -> str | None:
+        """What the operating system says to SQLite's `error`; None if the reason is another one."""
+        if primary_code(error) not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+            return None
+        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK:
+            return HOT_JOURNAL
+        directory = os.path.dirname(self.real_path)
+        if not os.path.isdir(directory):
+            return f"it is a link into {directory}, which does not exist"
+        if len(os.fsencode(self.real_path)) > _LONGEST_PATH:
+            return f"a path of more than {_LONGEST_PATH} bytes is too long for SQLite"
+        return (
+            _lack_of_descriptors()
+            or self._journal_name_too_long()
+            or self._forbidden_directory()
+            or self._forbidden("-journal")
+            or (NO_INDEX if self.read_only else None)
+        )
+
+    def _journal_name_too_long(self) -> str | None:
+        try:
+            os.lstat(f"{self.real_path}-journal")
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return f"{error.strerror}, with the -journal that SQLite adds"
+        return None
+
+
+class Memory(File):
+    """A database in memory, for the threads of one `DB`: there is nothing to look at, and nothing to lose.
 
     SQLite's memdb VFS shares a name that begins with "/" within the process, as long as a connection to it is open.
     """
 
-    path = MEMORY
     journal_mode = "memory"
-    read_only = False
-    id = None
 
     def __init__(self) -> None:
+        super().__init__(MEMORY, read_only=False)
         self.is_shared = sqlite3.sqlite_version_info >= (3, 36)
         self.real_path = f"/daemon_db-{os.urandom(16).hex()}"
+        self._anchors: list[sqlite3.Connection] = []
+
+    def examine(self) -> None:
+        """Keep the memory until `close`, whichever threads end. No statement runs on this connection."""
+        if self.is_shared:
+            self._anchors.append(sqlite3.connect(self.uri(), uri=True, check_same_thread=False))
+
+    def close(self) -> None:
+        with contextlib.suppress(IndexError):
+            self._anchors.pop().close()  # by one thread only: without the GIL, two at once crash the interpreter
 
     def uri(self, mode: str = "") -> str:
         return f"file:{self.real_path}?vfs=memdb" if self.is_shared else "file::memory:"
 
-    def examine(self) -> None: ...
-
-    def identify(self) -> None: ...
-
-    def refuse_other(self) -> None: ...
+    def remember_id(self) -> None: ...
 
     def is_there(self) -> bool:
         return True
-
-    def index_id(self) -> None: ...
 
     def has_wal(self) -> bool:
         return True
@@ -213,12 +222,13 @@ class Memory:
     def wal_size(self) -> int:
         return 0
 
+    def index_id(self) -> None: ...
 
-Place = File | Memory
+    def reason(self, error: Exception) -> None: ...
 
 
-def locate(path: str | os.PathLike[str], read_only: bool) -> Place:
-    """The place that `path` names: made absolute, because daemons change directory. Nothing is looked at yet."""
+def locate(path: str | os.PathLike[str], read_only: bool) -> File:
+    """What `path` names: made absolute, because daemons change directory. Nothing is looked at yet."""
     name = os.fspath(path)
     if not isinstance(name, str):
         raise TypeError(f"path must be str or os.PathLike[str], not {type(path).__name__}")
@@ -244,6 +254,10 @@ def _find(path: str) -> FileId | None:
     return status.st_dev, status.st_ino
 
 
+def _exists(path: str) -> bool:
+    return os.access(path, os.F_OK)
+
+
 _EFFECTIVE_IDS = os.access in os.supports_effective_ids
 
 
@@ -251,3 +265,12 @@ def _allowed(path: str, mode: int) -> bool:
     # Asked, not tried: closing any descriptor of the file drops all locks of this process on it
     # (https://sqlite.org/howtocorrupt.html, 2.2).
     return os.access(path, mode, effective_ids=_EFFECTIVE_IDS)
+
+
+def _lack_of_descriptors() -> str | None:
+    """The operating system's words for it, or None if there is no lack."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.strerror
+    return None

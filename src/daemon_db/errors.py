@@ -1,6 +1,5 @@
 """The two errors of opening, and what SQLite's errors mean in a person's words. Both are `sqlite3.Error`."""
 
-import os
 import sqlite3
 from collections.abc import Iterable
 
@@ -22,7 +21,7 @@ class OpenError(sqlite3.OperationalError):
 
 
 class SchemaError(sqlite3.DatabaseError):
-    """The file is a database, but not one this version can use. It was left as it was.
+    """The file is a database, but not one this version can use. The file was left as it was.
 
     `path` is the file, `problems` the differences from `schema.sql`, each a line of the message.
     """
@@ -36,76 +35,49 @@ class SchemaError(sqlite3.DatabaseError):
         return "\n".join((f"the schema of {self.path} does not fit:", *self.problems))
 
 
-# What is left in the old file's WAL would be written over another one's. And who removes it while another program has
-# begun a new one takes that one's commits.
+# What is left in the old file's WAL would be written over another file. And whoever removes a WAL that another program
+# has begun meanwhile takes that program's commits.
 _BEGIN_ANEW = "stop every program that has it open, remove what is left of its -wal and -shm, and start again"
 REPLACED = f"removed or replaced since this DB was opened: put the file back; or {_BEGIN_ANEW}"
 STILL_OPEN = f"removed or replaced while this process has it open: put the file back; or {_BEGIN_ANEW}"
 WAL_REMOVED = "its -wal was removed while it was open: stop every program that has it open, and start again"
+HOT_JOURNAL = "a killed process left a rollback journal, to be played back first: open it once without read_only"
+NO_INDEX = (
+    "no process has it open, so that SQLite needs to make a -shm beside it, and this user can't: "
+    "look at it as a user who can write there, or at a copy of the file and its -wal"
+)
 
 
-def translated(error: BaseException, path: str, timeout: float, read_only: bool) -> OpenError | None:
-    """What SQLite said of the file that was to be opened, in words that say what to do. None for any other error."""
-    if isinstance(error, UnicodeDecodeError):  # in SQLite's message, which quotes SQL that is in the file
-        return OpenError(path, _damaged(error))
-    others = (OpenError, SchemaError, sqlite3.ProgrammingError)
-    if not isinstance(error, sqlite3.Error) or isinstance(error, others):
-        return None
-    translation = OpenError(path, in_words(error, timeout, read_only))
-    if primary_code(error):
-        translation.sqlite_errorcode = error.sqlite_errorcode
-        translation.sqlite_errorname = error.sqlite_errorname
-    return translation
+def open_error(path: str, reason: str, cause: Exception) -> OpenError:
+    """With SQLite's code, where `cause` has one: Python's own errors have none."""
+    error = OpenError(path, reason)
+    if isinstance(cause, sqlite3.Error) and primary_code(cause):
+        error.sqlite_errorcode, error.sqlite_errorname = cause.sqlite_errorcode, cause.sqlite_errorname
+    return error
 
 
-def in_words(error: sqlite3.Error, timeout: float = 5.0, read_only: bool = False) -> str:
+def in_words(error: Exception, timeout: float = 5.0) -> str:
     """What `error` means for a file, and what to do."""
-    code = primary_code(error)
+    # A UnicodeDecodeError comes of SQLite's message, which quotes SQL that is in the file.
+    if isinstance(error, UnicodeDecodeError) or primary_code(error) == sqlite3.SQLITE_CORRUPT:
+        # A WAL belongs to one file: what is left of the old one's would be written over the backup.
+        return (
+            f"damaged ({error}): stop every program that has it open, remove its -wal and -shm, then restore a backup; "
+            "or see https://sqlite.org/recovery.html"
+        )
     if is_busy(error):
         return f"locked for more than {timeout} s"
-    if code == sqlite3.SQLITE_NOTADB:
+    if primary_code(error) == sqlite3.SQLITE_NOTADB:
         return "not a SQLite database"
-    if code == sqlite3.SQLITE_CORRUPT:
-        return _damaged(error)
-    if code == sqlite3.SQLITE_CANTOPEN and (lack := _lack_of_descriptors()):
-        return lack
-    if read_only and code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
-        return _unreadable(error)
     return str(error)
 
 
-def _unreadable(error: sqlite3.Error) -> str:
-    if error.sqlite_errorcode == sqlite3.SQLITE_READONLY_ROLLBACK:
-        return "a killed process left a rollback journal, to be played back first: open it once without read_only"
-    return (
-        "no process has it open, so that SQLite needs to make a -shm beside it, and this user can't: "
-        "look at it as a user who can write there, or at a copy of the file and its -wal"
-    )
-
-
-def _damaged(error: Exception) -> str:
-    # A WAL belongs to one file: what is left of the old one's would be written over the backup.
-    return (
-        f"damaged ({error}): stop every program that has it open, remove its -wal and -shm, then restore a backup; "
-        "or see https://sqlite.org/recovery.html"
-    )
-
-
-def _lack_of_descriptors() -> str | None:
-    """The operating system's words for it, or None if there is no lack."""
-    try:
-        os.close(os.open(os.devnull, os.O_RDONLY))
-    except OSError as error:
-        return error.strerror
-    return None
-
-
-def primary_code(error: sqlite3.Error) -> int:
+def primary_code(error: Exception) -> int:
     """The low byte of the extended result code (https://sqlite.org/rescode.html); 0 for Python's own errors."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
-def is_busy(error: sqlite3.Error) -> bool:
+def is_busy(error: Exception) -> bool:
     """Whether another connection's lock is what SQLite met (https://sqlite.org/rescode.html#busy)."""
     return primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 

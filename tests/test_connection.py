@@ -206,7 +206,7 @@ def test_a_pools_worker_has_no_more_open_after_many_closed_dbs_than_after_one(no
 def test_what_is_closed_is_forgotten(path: str) -> None:
     def use(db: DB) -> weakref.ref[object]:
         db.conn.execute("SELECT 1").fetchone()
-        return weakref.ref(db._shared)
+        return weakref.ref(db._state)
 
     with ThreadPoolExecutor(1) as pool:
         db = DB.open(path)

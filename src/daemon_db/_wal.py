@@ -1,0 +1,125 @@
+"""WAL mode: turned on, kept from growing for ever, and left as it was where that is promised."""
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import Iterator
+
+from ._place import File
+from .errors import WAL_REMOVED, OpenError, is_busy
+
+
+def turn_on(conn: sqlite3.Connection, file: File, timeout: float) -> None:
+    """Turn WAL mode on, which the file then keeps (https://sqlite.org/wal.html). Raise `OpenError` if it can't be had.
+
+    A database in memory has no journal file, and needs none.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            (mode,) = conn.execute("PRAGMA journal_mode=WAL").fetchone()
+            break
+        except sqlite3.OperationalError as error:
+            # If a writer's lock is in the way of this switch, SQLite does not run its busy handler.
+            if not is_busy(error) or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.002)
+    if mode != file.journal_mode:
+        raise OpenError(file.path, f"WAL mode is not available here: journal_mode stayed {mode!r}")
+
+
+@contextlib.contextmanager
+def left_as_it_is(file: File) -> Iterator[None]:
+    """Leave the WAL of a killed process as it is while a connection closes in here.
+
+    When the last connection to a file closes, SQLite checkpoints the WAL. So another connection is open meanwhile,
+    which can't write. Where that one can't be opened, the connection that closes had no use of the WAL either.
+    """
+    with contextlib.ExitStack() as stack:
+        if file.wal_size() and file.is_there():  # another file's WAL may be in use here (see `open_another`)
+            with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
+                reader = stack.enter_context(contextlib.closing(sqlite3.connect(file.uri("ro"), uri=True)))
+                reader.execute("SELECT 1 FROM sqlite_master").fetchone()
+        yield
+
+
+LIMIT = 16 * 2**20
+"""Bytes that the WAL may have before a commit checkpoints all of it. SQLite's own checkpoints are at 4 MB."""
+
+LOOK_EVERY = 0.01
+"""Seconds from one look at the WAL's size to the next: one after each fsync takes a quarter of eight threads' rate."""
+
+PATIENCE = 0.2
+"""Seconds that such a checkpoint waits: for readers of the WAL, and then for those that have begun meanwhile.
+
+No thread of this `DB` can write in that time.
+"""
+
+
+class Checkpoints:
+    """Keeps a file's WAL from growing for ever.
+
+    SQLite begins the WAL anew only where no reader needs any of it, and readers that overlap keep SQLite from that for
+    ever. While a checkpoint empties the WAL, new readers read the file itself, and the checkpoint waits for the old
+    readers (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files).
+    """
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+        self._limit = LIMIT
+        self._next_look = 0.0
+
+    def after_commit(self, conn: sqlite3.Connection) -> str | None:
+        """Empty the WAL if it is too big. Raise `OpenError` if the WAL is gone. For the thread that has the turn.
+
+        Where readers are in the way, return a warning that says so, and try again at twice the size.
+        """
+        if not self._file.has_wal():  # what is committed to it is lost, and nobody else sees it
+            raise OpenError(self._file.path, WAL_REMOVED)
+        if time.monotonic() < self._next_look:
+            return None
+        size = self._file.wal_size()
+        self._next_look = time.monotonic() + LOOK_EVERY
+        if size <= LIMIT:
+            self._limit = LIMIT
+            return None
+        is_due = size > self._limit
+        if is_due:
+            self._limit = 2 * size
+        try:
+            # When this connection next begins the WAL anew, after the last reader has ended, it gives the disk back.
+            conn.execute(f"PRAGMA journal_size_limit={LIMIT}")
+            if not is_due:
+                return None
+            if _empty(conn):
+                self._limit = LIMIT  # here, too: the next commit alone may be larger
+                return None
+            reason = "a reader is in the way: a SELECT half read, or a transaction left open, here or elsewhere"
+        except sqlite3.Error as error:  # the commit is made all the same
+            reason = str(error)
+        return f"{self._file.path}: the WAL has {size // 10**6} MB and can't be emptied: {reason}"
+
+
+def _empty(conn: sqlite3.Connection) -> bool:
+    """Whether a checkpoint could empty the WAL.
+
+    The wait is not by SQLite's busy handler: SQLite may then wait for one of the WAL's five read locks which new
+    readers go on to share, each of them up to date. A new checkpoint sees that they are, and doesn't wait for them.
+    """
+    cursor = conn.cursor()
+    cursor.row_factory = None  # the caller's may make anything of a row
+    (timeout,) = cursor.execute("PRAGMA busy_timeout").fetchone()
+    try:
+        cursor.execute("PRAGMA busy_timeout=0")  # in here, where a signal's exception can't keep it so
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            (busy, _, _) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if not busy or time.monotonic() >= deadline:
+                return not busy
+            time.sleep(0.002)
+    except sqlite3.OperationalError as error:
+        if not is_busy(error):
+            raise
+        return False  # the reader is this very connection: a SELECT of the thread's own, half read
+    finally:
+        cursor.execute(f"PRAGMA busy_timeout={timeout}")
