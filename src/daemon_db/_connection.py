@@ -40,7 +40,8 @@ class Connection(sqlite3.Connection):
         self._threads_connections = thread.connections
         _process.open_files[self] = state.file
         try:
-            super().__init__(state.file.uri(), timeout=state.timeout, isolation_level=None, uri=True)
+            uri = state.file.uri(state.file.mode())
+            super().__init__(uri, timeout=state.timeout, isolation_level=None, uri=True)
         except BaseException:
             del _process.open_files[self]
             raise

@@ -28,7 +28,7 @@ class File:
         self.real_path = path
         self.read_only = read_only
         self.id: FileId | None = None
-        self._mode = "ro" if read_only else "rwc"
+        self._opens_to_write = not read_only
 
     # Before SQLite is asked
 
@@ -75,7 +75,7 @@ class File:
         if forbidden := self._forbidden("", "-wal", "-shm"):
             raise OpenError(self.path, forbidden)
         if self.read_only:
-            self._leave_nothing_behind(status)
+            self._opens_to_write = self._must_open_to_write(status)
 
     def _forbidden(self, *suffixes: str) -> str | None:
         """Which of these files this user may not use: SQLite opens one that it can't write all the same, to read."""
@@ -96,26 +96,32 @@ class File:
     def _can_write_beside(self) -> bool:
         return _allowed(os.path.dirname(self.real_path), os.W_OK | os.X_OK)
 
-    def _leave_nothing_behind(self, status: os.stat_result) -> None:
-        """To read, SQLite makes a -wal and a -shm. Only a connection that may write removes them when it closes."""
+    def _must_open_to_write(self, status: os.stat_result) -> bool:
+        """Whether SQLite will make a -wal and a -shm to read by, which only a connection that can write removes."""
         wal, index, journal = (_exists(self.real_path + suffix) for suffix in ("-wal", "-shm", "-journal"))
         if wal and index or not self._can_write_beside():
-            return
+            return False
         if _allowed(self.real_path, os.W_OK):
-            if not (wal or journal):  # which such a connection would checkpoint or play back
-                self._mode = "rw"
-        elif status.st_uid != os.geteuid():
-            raise OpenError(
-                self.path,
-                "no process has it open, and SQLite would leave a -wal and a -shm of this user's in its owner's way: "
-                "look at it as its owner, or at a copy of the file and its -wal",
-            )
+            return not (wal or journal)  # a connection that can write would checkpoint the one or play the other back
+        if status.st_uid == os.geteuid():
+            return False
+        raise OpenError(
+            self.path,
+            "no process has it open, and SQLite would leave a -wal and a -shm of this user's in its owner's way: "
+            "look at it as its owner, or at a copy of the file and its -wal",
+        )
 
-    def uri(self, mode: str = "") -> str:
+    def mode(self) -> str:
+        """SQLite's word for what a connection may do: only read, write, or also create the file."""
+        if not self._opens_to_write:
+            return "ro"
+        return "rwc" if self.id is None else "rw"
+
+    def uri(self, mode: str) -> str:
         """As a URI, which alone can say `mode=rw`: create nothing (https://sqlite.org/uri.html)."""
         escaped = self.real_path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
         # "//" and no authority: the path itself may begin with two slashes
-        return f"file://{escaped}?mode={mode or self._mode}"
+        return f"file://{escaped}?mode={mode}"
 
     # Once SQLite has opened it
 
@@ -125,8 +131,6 @@ class File:
         if found is None or self.id not in (None, found):
             raise OpenError(self.path, "removed or replaced while it was opened")
         self.id = found
-        if not self.read_only:
-            self._mode = "rw"
 
     def is_there(self) -> bool:
         """Whether the path still is the file that was opened. A link must still lead to where the WAL is, too."""
@@ -202,13 +206,13 @@ class Memory(File):
     def examine(self) -> None:
         """Keep the memory until `close`, whichever threads end. No statement runs on this connection."""
         if self.is_shared:
-            self._anchors.append(sqlite3.connect(self.uri(), uri=True, check_same_thread=False))
+            self._anchors.append(sqlite3.connect(self.uri(self.mode()), uri=True, check_same_thread=False))
 
     def close(self) -> None:
         with contextlib.suppress(IndexError):
             self._anchors.pop().close()  # by one thread only: without the GIL, two at once crash the interpreter
 
-    def uri(self, mode: str = "") -> str:
+    def uri(self, mode: str) -> str:
         return f"file:{self.real_path}?vfs=memdb" if self.is_shared else "file::memory:"
 
     def remember_id(self) -> None: ...
