@@ -4,10 +4,10 @@ import contextlib
 import sqlite3
 from collections.abc import Iterator
 
-from . import _process, _schema, _wal
+from . import _guard, _process, _schema, _wal
 from ._connection import Connection, State
 from ._place import File, Memory
-from .errors import REPLACED, OpenError, SchemaError, in_words, open_error
+from .errors import REPLACED, WAL_REMOVED, OpenError, SchemaError, in_words, open_error
 
 
 def open_first(state: State) -> Connection:
@@ -16,6 +16,8 @@ def open_first(state: State) -> Connection:
     file.examine()
     _process.refuse_inherited(file)
     _process.refuse_index_in_use(file)
+    refuse_lost_wal(file)
+    likely = _guard.next_descriptors()
     with said_in_words(state):
         conn = Connection(state)
         file.remember_id()
@@ -26,8 +28,10 @@ def open_first(state: State) -> Connection:
             forbid_writing(conn)
         else:
             _wal.turn_on(conn, file, state.timeout)
-            if missing:
-                _schema.update(conn, file.path)
+            read_first(conn)
+        keep_wal(conn, likely)
+        if missing:
+            _schema.update(conn, file.path)
     return conn
 
 
@@ -38,14 +42,17 @@ def open_another(state: State) -> Connection:
         raise sqlite3.NotSupportedError(
             f"SQLite {sqlite3.sqlite_version} has a {file.path} database for one thread only; 3.36 shares it"
         )
+    state.refuse_lost_wal()
+    likely = _guard.next_descriptors()
     try:
         with said_in_words(state):
             conn = Connection(state)
             # Before anything is read. A read of another file would begin the WAL's index anew, and empty it first:
             # this process's connections to the old file have that index in memory, and would crash (SIGBUS).
             file.refuse_replaced()
-            read_first(conn, file)
-            file.refuse_replaced()  # only now is it certain which file, and which WAL, SQLite has opened
+            read_first(conn)
+            file.refuse_replaced()  # only now is it certain which file SQLite has opened
+            keep_wal(conn, likely)
             enforce_foreign_keys(conn, file)
             if file.read_only:
                 forbid_writing(conn)
@@ -55,13 +62,24 @@ def open_another(state: State) -> Connection:
     return conn
 
 
-def read_first(conn: sqlite3.Connection, file: File) -> None:
-    """Read for the first time. In WAL mode this opens the WAL by its name, or creates it.
+def refuse_lost_wal(file: File) -> None:
+    """Raise `OpenError` if this process has lost the file's WAL: SQLite would read a new WAL by the old one's index."""
+    if _guard.is_lost(file):
+        raise OpenError(file.path, WAL_REMOVED)
 
-    Raise `OpenError` if the file isn't in WAL mode: it is another file, which has got the inode of a removed one.
-    """
+
+def read_first(conn: sqlite3.Connection) -> None:
+    """Read. In WAL mode the first read opens the WAL, by its name, or creates it."""
     conn.execute("PRAGMA schema_version")  # unlike journal_mode, it doesn't parse the schema
-    if not file.has_wal() and not file.read_only:
+
+
+def keep_wal(conn: Connection, likely: list[int]) -> None:
+    """Keep the WAL there that the first read has opened."""
+    file = conn.state.file
+    if file.wal_id():
+        conn.guard(likely)
+    elif not file.read_only and not isinstance(file, Memory):
+        # The file isn't in WAL mode: it is another file, which has got the inode of a removed one.
         raise OpenError(file.path, REPLACED)
 
 

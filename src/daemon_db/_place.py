@@ -141,9 +141,13 @@ class File:
         if not self.is_there():
             raise OpenError(self.path, REPLACED)
 
-    def has_wal(self) -> bool:
-        """Whether there is a WAL, be it empty: of a process that has the file open now, or of one that was killed."""
-        return _exists(f"{self.real_path}-wal")
+    def wal_id(self) -> FileId | None:
+        """The -wal, if there is one: of a process that has the file open now, or of one that was killed."""
+        return _find(f"{self.real_path}-wal")
+
+    def index_id(self) -> FileId | None:
+        """The -shm, if there is one: it holds the WAL's index (https://sqlite.org/walformat.html)."""
+        return _find(f"{self.real_path}-shm")
 
     def wal_size(self) -> int:
         """How many bytes are in the WAL."""
@@ -151,10 +155,6 @@ class File:
             return os.stat(f"{self.real_path}-wal").st_size
         except OSError:
             return 0
-
-    def index_id(self) -> FileId | None:
-        """The -shm, if there is one: it holds the WAL's index (https://sqlite.org/walformat.html)."""
-        return _find(f"{self.real_path}-shm")
 
     def close(self) -> None:
         """Nothing is open."""
@@ -220,8 +220,7 @@ class Memory(File):
     def is_there(self) -> bool:
         return True
 
-    def has_wal(self) -> bool:
-        return True
+    def wal_id(self) -> None: ...
 
     def wal_size(self) -> int:
         return 0

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from ._place import File
-from .errors import WAL_REMOVED, OpenError, is_busy
+from .errors import OpenError, is_busy
 
 
 def turn_on(conn: sqlite3.Connection, file: File, timeout: float) -> None:
@@ -70,12 +70,10 @@ class Checkpoints:
         self._next_look = 0.0
 
     def after_commit(self, conn: sqlite3.Connection) -> str | None:
-        """Empty the WAL if it is too big. Raise `OpenError` if the WAL is gone. For the thread that has the turn.
+        """Empty the WAL if it is too big. For the thread that has the turn.
 
         Where readers are in the way, return a warning that says so, and try again at twice the size.
         """
-        if not self._file.has_wal():  # what is committed to it is lost, and nobody else sees it
-            raise OpenError(self._file.path, WAL_REMOVED)
         if time.monotonic() < self._next_look:
             return None
         size = self._file.wal_size()

@@ -12,7 +12,7 @@ from typing import Never, Self
 from . import _opening, _place, _process
 from ._connection import Connection, State, close_unused, references, thread
 from ._wal import Checkpoints
-from .errors import locked
+from .errors import WAL_REMOVED, OpenError, locked
 
 _log = logging.getLogger("daemon_db")
 
@@ -122,12 +122,11 @@ class DB:
             if not state.turn.acquire(timeout=state.timeout):
                 raise locked()
             self._refuse_use()  # if it was closed meanwhile
-            conn.execute("BEGIN IMMEDIATE")
-            state.file.refuse_replaced()
+            self._begin(conn)
             yield conn
             self._refuse_fork()
             conn.execute("COMMIT")
-            state.file.refuse_replaced()
+            state.refuse_unseen_commit()
             warning = self._checkpoints.after_commit(conn)
         # From here on no Python function is called before the turn is given back: when a function begins, a signal's
         # exception may interrupt. When a method of C begins, none does.
@@ -141,9 +140,10 @@ class DB:
             raise
         finally:
             try:
-                state.turn.release()
+                if conn.connections is thread.connections:  # else a generator is closed by another thread
+                    state.turn.release()
             except RuntimeError:
-                pass  # another thread has the turn, or none has
+                pass  # this thread did not get the turn, or has given it back in closing the connection
         if warning:
             _log.warning(warning)  # now that others may write: a handler may be slow, or write here
 
@@ -173,6 +173,14 @@ class DB:
     def __reduce__(self) -> Never:
         raise TypeError(f"cannot copy or pickle {self!r}: open a DB there")
 
+    def _begin(self, conn: Connection) -> None:
+        try:
+            conn.execute("BEGIN IMMEDIATE")
+        except sqlite3.DatabaseError:
+            self._state.refuse_lost_wal()  # in better words, if that is the reason: SQLite's may be "malformed"
+            raise
+        self._state.refuse_replaced()
+
     def _connection(self) -> Connection:
         """The calling thread's, opened if it has none."""
         self._refuse_use()
@@ -186,6 +194,8 @@ class DB:
         self._refuse_fork()
         if not self._state.is_open:
             close_unused()
+            if self._state.has_lost_wal:
+                raise OpenError(self.path, WAL_REMOVED)
             raise sqlite3.ProgrammingError("Cannot operate on a closed database.")  # in sqlite3's words
 
     def _refuse_fork(self) -> None:

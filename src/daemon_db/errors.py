@@ -40,7 +40,11 @@ class SchemaError(sqlite3.DatabaseError):
 _BEGIN_ANEW = "stop every program that has it open, remove what is left of its -wal and -shm, and start again"
 REPLACED = f"removed or replaced since this DB was opened: put the file back; or {_BEGIN_ANEW}"
 STILL_OPEN = f"removed or replaced while this process has it open: put the file back; or {_BEGIN_ANEW}"
-WAL_REMOVED = "its -wal was removed while it was open: stop every program that has it open, and start again"
+WAL_REMOVED = (
+    "its -wal or -shm was removed or replaced while it was open. Stop every program that has it open; copy the file, "
+    "its -wal and its -shm away; start again, and remove nothing. If nobody removed them by hand, something in one of "
+    "these programs has opened the file without SQLite, or by a second SQLite, and closed it"
+)
 HOT_JOURNAL = "a killed process left a rollback journal, to be played back first: open it once without read_only"
 NO_INDEX = (
     "no process has it open, so that SQLite needs to make a -shm beside it, and this user can't: "
