@@ -6,24 +6,18 @@ longer (see `support`).
 """
 
 import importlib.util
-import itertools
 import logging
 import os
 import sqlite3
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, OpenError, _guard
+from daemon_db import DB, OpenError, _guard, _opening
 from support import (
-    LIMIT,
-    append_event,
     end,
     files_in,
     in_thread,
@@ -89,7 +83,7 @@ try:
     import apsw
 except ImportError:
     pass
-from daemon_db import DB, OpenError, _guard
+from daemon_db import DB, OpenError, _guard, _opening
 from support import LIMIT, end, in_thread, insert_run, join, start
 
 warnings.simplefilter("ignore")  # of a file that open() leaves to the garbage collector
@@ -118,7 +112,8 @@ def write(number):
         progress.release()
 
 def others():
-    subprocess.run(["sqlite3", "-cmd", ".timeout 60000", path, "SELECT count(*) FROM runs"], check=True, capture_output=True)
+    look = ["sqlite3", "-cmd", ".timeout 60000", path, "SELECT count(*) FROM runs"]
+    subprocess.run(look, check=True, capture_output=True)
     other = start(OTHER, path, 20, "other")
     while (line := other.stdout.readline()) not in ("done\\n", ""):
         acknowledged.append(line.strip())
@@ -171,7 +166,9 @@ print(*[f"error {{error}}" for error in errors], *acknowledged, sep="\\n")
 def the_daemon(path: Path, way: str, threads: int, how: str, last: str, lock: str) -> tuple[list[str], list[str]]:
     """Run it; what it and the other acknowledged, and the errors that it met."""
     said = run(DAEMON, path, way, threads, how, last, lock).splitlines()
-    return [line for line in said if not line.startswith("error ")], [line for line in said if line.startswith("error ")]
+    return [line for line in said if not line.startswith("error ")], [
+        line for line in said if line.startswith("error ")
+    ]
 
 
 def check_whole(path: Path, acknowledged: list[str]) -> None:
@@ -186,13 +183,413 @@ def check_whole(path: Path, acknowledged: list[str]) -> None:
 @pytest.mark.parametrize("way", WITH_APSW)
 @pytest.mark.parametrize(
     ("threads", "how", "last"),
-    [(1, "transaction", "daemon"), (8, "transaction", "other"), (8, "autocommit", "daemon"), (1, "autocommit", "other")],
+    [
+        (1, "transaction", "daemon"),
+        (8, "transaction", "other"),
+        (8, "autocommit", "daemon"),
+        (1, "autocommit", "other"),
+    ],
 )
 def test_nothing_in_the_process_drops_the_lock(way: str, threads: int, how: str, last: str, tmp_path: Path) -> None:
-    for number in range(rounds(1, 100)):
+    for number in range(rounds(1, 13)):
         path = tmp_path / f"{number}.db"
         acknowledged, errors = the_daemon(path, way, threads, how, last, "on")
         assert errors == []
         assert len(acknowledged) > 60
         check_whole(path, acknowledged)
         assert not Path(f"{path}-wal").exists()
+
+
+THREADS_COME_AND_GO = f"""
+import subprocess, sys, threading, warnings
+from daemon_db import DB
+from support import LIMIT, end, insert_run, join, start
+
+warnings.simplefilter("ignore")
+path, rounds = sys.argv[1], int(sys.argv[2])
+acknowledged, errors, ended = [], [], threading.Event()
+
+def fast(conn):
+    conn.execute("PRAGMA synchronous=OFF")
+
+def in_a_thread(use, name):
+    try:
+        use(name)
+        acknowledged.append(name)
+    except BaseException as error:
+        errors.append(error)
+
+def with_a_db_of_its_own(name):
+    with DB.open(path, timeout=60, on_connect=fast) as own:
+        thread = threading.Thread(target=lambda: own.conn.execute("SELECT 1").fetchone())
+        thread.start()
+        with own.transaction() as conn:
+            insert_run(conn, name)
+        join(thread)
+
+def with_the_shared_one(name):
+    with db.transaction() as conn:
+        insert_run(conn, name)
+
+def come_and_go(number):
+    for each in range(rounds):
+        use = with_the_shared_one if each % 2 else with_a_db_of_its_own
+        thread = threading.Thread(target=in_a_thread, args=(use, f"{{number}}-{{each}}"), daemon=True)
+        thread.start()
+        join(thread)
+
+def drop():
+    while not ended.is_set():
+        open(path, "rb").close()
+
+db = DB.open(path, timeout=60, on_connect=fast)
+dropper = threading.Thread(target=drop, daemon=True)
+threads = [threading.Thread(target=come_and_go, args=(number,), daemon=True) for number in range(4)]
+for thread in [dropper, *threads]:
+    thread.start()
+while any(thread.is_alive() for thread in threads):
+    other = start({OTHER!r}, path, 5, f"other-{{len(acknowledged)}}")
+    acknowledged += [line for line in end(other)[0].splitlines() if line != "done"]
+    look = ["sqlite3", "-cmd", ".timeout 60000", path, "SELECT count(*) FROM runs"]
+    subprocess.run(look, check=True, capture_output=True)
+ended.set()
+join(dropper, *threads)
+db.close()
+assert errors == [], errors
+print(*acknowledged, sep="\\n")
+"""
+
+
+@has_lock
+def test_threads_that_open_and_close_and_end_never_lose_it(tmp_path: Path) -> None:
+    """While another thread drops SQLite's locks all the time, and other processes come and go."""
+    acknowledged = run(THREADS_COME_AND_GO, tmp_path / "daemon.db", rounds(30, 3000)).splitlines()
+    assert len(acknowledged) >= rounds(120, 12_000)
+    check_whole(tmp_path / "daemon.db", acknowledged)
+    assert list(files_in(tmp_path)) == ["daemon.db"]
+
+
+@has_lock
+@pytest.mark.parametrize("which", ["the first", "another"])
+def test_a_wal_that_is_lost_between_the_first_read_and_the_lock_is_opened_again(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_and_lose(conn: sqlite3.Connection) -> None:
+        read_first(conn)
+        if not lost:
+            lost.append(True)
+            open(path, "rb").close()
+            subprocess.run(["sqlite3", path, "SELECT * FROM runs"], check=True, capture_output=True)
+            assert not Path(f"{path}-wal").exists()
+
+    lost: list[bool] = []
+    path = tmp_path / "daemon.db"
+    make_wal(path)
+    read_first = _opening.read_first
+    before = open_files()
+    if which == "another":
+        db = in_thread(lambda: DB.open(path))  # whose thread has ended, and its connection with it
+    monkeypatch.setattr(_opening, "read_first", read_and_lose)
+    if which == "the first":
+        db = DB.open(path)
+    with db:
+        with db.transaction() as conn:
+            insert_run(conn, "run-2")
+        assert lost == [True]
+        assert _guard.guard_of(db._state.file).is_locked()
+    check_whole(path, ["run-1", "run-2"])
+    assert list(files_in(tmp_path)) == ["daemon.db"]
+    assert open_files() == before
+
+
+# Without the lock, as on a system that has none
+
+
+@pytest.mark.parametrize("last", ["daemon", "other"])
+@pytest.mark.parametrize("way", ["read", "copy", pytest.param("apsw", marks=WITH_APSW[-1].marks)])
+def test_without_the_lock_the_loss_is_found_out(way: str, last: str, tmp_path: Path) -> None:
+    """Before a further commit is acknowledged; and the daemon's stop in good order overwrites nothing."""
+    for number in range(rounds(1, 100)):
+        path = tmp_path / f"{number}.db"
+        acknowledged, errors = the_daemon(path, way, 1, "transaction", last, "off")
+        assert len(errors) == 1 and LOST in errors[0]
+        assert len(acknowledged) == 40  # the daemon's before and the other's
+        check_whole(path, acknowledged)
+
+
+USE_A_LOST_ONE = """
+import os, shutil, sqlite3, subprocess, sys, threading
+from daemon_db import DB, OpenError, _guard, _opening
+from support import in_thread, insert_run, open_files
+
+def refused(use):
+    try:
+        use()
+    except OpenError as error:
+        assert "its -wal or -shm was removed or replaced" in str(error), error
+    else:
+        raise AssertionError("not refused")
+
+path, who = sys.argv[1:]
+_guard._SETLK = None
+before = open_files()
+db = DB.open(path)
+beside = DB.open(path)
+insert_run(db.conn)
+open(path).close()
+insert = "INSERT INTO units (id, run_id, unit_id, status) VALUES ('u', 'run-1', 'u', '')"
+subprocess.run(["sqlite3", path, insert], check=True)
+assert not os.path.exists(path + "-wal")
+
+if who == "transaction":
+    refused(db.transaction().__enter__)
+elif who == "a new thread":
+    refused(lambda: in_thread(lambda: db.conn))
+elif who == "a new DB":
+    refused(lambda: DB.open(path))
+    refused(db.transaction().__enter__)
+for _ in range(2):
+    refused(lambda: db.conn)
+    refused(lambda: in_thread(lambda: db.conn))
+    refused(db.transaction().__enter__)
+    refused(lambda: in_thread(db.transaction().__enter__))
+    refused(lambda: DB.open(path))
+    refused(lambda: DB.open(path, read_only=True))
+refused(beside.transaction().__enter__)  # each finds it out by itself
+db.close()
+beside.close()
+print(len(open_files()) - len(before))
+"""
+
+
+@pytest.mark.parametrize("who", ["transaction", "a new thread", "a new DB"])
+def test_the_first_loss_ends_the_db_for_all_threads(who: str, tmp_path: Path) -> None:
+    path = tmp_path / "daemon.db"
+    still_open = int(run(USE_A_LOST_ONE, path, who))
+    # Before 3.12, nothing but to leave it open keeps SQLite from checkpointing the old WAL.
+    assert still_open == 0 if sys.version_info >= (3, 12) else still_open > 0
+    with DB.open(path) as db:
+        assert db.conn.execute("SELECT id FROM units").fetchall() == [("u",)]
+        assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_where_the_lock_is_not_to_be_had_one_line_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_guard, "_SETLK", None)
+    path = tmp_path / "daemon.db"
+    with caplog.at_level(logging.INFO, "daemon_db"), DB.open(path) as db:
+        in_thread(lambda: db.conn)
+        DB.open(path).close()
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "INFO",
+            f"{path}: without a lock of an open file description (this system has none), it is up to this program that "
+            "nothing in this process opens and closes the file but SQLite",
+        )
+    ]
+
+
+# Removed by hand
+
+
+REMOVALS = {"-wal": ["-wal"], "-shm": ["-shm"], "both": ["-wal", "-shm"]}
+removals = pytest.mark.parametrize("removed", REMOVALS.values(), ids=REMOVALS)
+
+OPEN_AT_ONCE = """
+import sqlite3, sys
+from support import insert_run
+
+conn = sqlite3.connect(sys.argv[1], isolation_level=None)
+try:
+    insert_run(conn, "other") if sys.argv[2] == "writes" else conn.execute("SELECT * FROM runs").fetchall()
+except sqlite3.DatabaseError:
+    pass  # of a WAL and an index that don't belong together SQLite can't make much
+print("open", flush=True)
+sys.stdin.readline()
+"""
+REMOVE_BY_HAND = f"""
+import os, sys
+from daemon_db import DB, OpenError, _guard, _opening
+from support import end, in_thread, insert_run, start
+
+def insert(name):
+    with db.transaction() as conn:
+        insert_run(conn, name)
+
+path, lock, who, what, *removed = sys.argv[1:]
+if lock == "off":
+    _guard._SETLK = None
+db = DB.open(path)
+for number in range(3):
+    insert(f"run-{{number}}")
+for suffix in removed:
+    os.remove(path + suffix)
+if what != "nothing":
+    other = start({OPEN_AT_ONCE!r}, path, what)
+    assert other.stdout.readline() == "open\\n"
+try:
+    insert("late") if who == "transaction" else in_thread(lambda: db.conn)
+except OpenError as error:
+    print(error)
+if what != "nothing":
+    end(other)
+db.close()
+"""
+
+
+@removals
+@pytest.mark.parametrize("lock", [pytest.param("on", marks=has_lock), "off"])
+@pytest.mark.parametrize("who", ["transaction", "a new thread"])
+@pytest.mark.parametrize("what", ["reads", "writes", "nothing"])
+def test_what_was_removed_by_hand_is_found_out(
+    removed: list[str], lock: str, who: str, what: str, tmp_path: Path
+) -> None:
+    """Also where another process makes it anew at once."""
+    for number in range(rounds(1, 100)):
+        assert LOST in run(REMOVE_BY_HAND, tmp_path / f"{number}.db", lock, who, what, *removed)
+
+
+@has_lock
+@removals
+def test_what_is_in_a_wal_that_was_removed_by_hand_is_saved_by_closing(removed: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "daemon.db"
+    with DB.open(path) as db:
+        for number in range(3):
+            with db.transaction() as conn:
+                insert_run(conn, f"run-{number}")
+        in_thread(lambda: db.conn)
+        for suffix in removed:
+            os.remove(f"{path}{suffix}")
+        with pytest.raises(OpenError, match=LOST):
+            in_thread(lambda: db.conn)
+    with DB.open(path) as db:
+        assert db.conn.execute("SELECT id FROM runs ORDER BY id").fetchall() == [("run-0",), ("run-1",), ("run-2",)]
+        assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert list(files_in(tmp_path)) == ["daemon.db"]
+
+
+# Forks, and programs that are started
+
+
+PARENT = """
+import os, signal, subprocess, sys, time, warnings
+from daemon_db import DB
+from support import insert_run
+
+warnings.simplefilter("ignore")
+path, how = sys.argv[1:]
+db = DB.open(path)
+insert_run(db.conn, f"run-{os.getpid()}")
+if how == "fork":
+    child = os.fork()
+    if child == 0:
+        os.close(1)
+        os.close(2)
+        signal.alarm(60)
+        time.sleep(60)
+        os._exit(0)
+else:
+    nowhere = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(["sleep", "60"], close_fds=how == "subprocess", **nowhere)
+    child = process.pid
+print(child, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("how", ["fork", "subprocess", "subprocess that inherits"])
+def test_a_child_that_outlives_its_killed_parent_is_in_nobodys_way(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "daemon.db"
+    for number in range(rounds(1, 100)):
+        parent = (
+            start(PARENT, path, how) if number == 0 else start(PARENT.replace("insert_run(db.conn)", ""), path, how)
+        )
+        child = int(parent.stdout.readline())
+        try:
+            assert end(parent) == ("", "")
+            with DB.open(path) as db:
+                with db.transaction() as conn:
+                    insert_run(conn, f"run-of-the-next-{number}")
+                assert db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
+            assert list(files_in(tmp_path)) == ["daemon.db"]
+            with closing(sqlite3.connect(path)) as conn:
+                assert conn.execute("PRAGMA journal_mode=DELETE").fetchone() == ("delete",)  # nobody has it open
+        finally:
+            os.kill(child, 9)
+
+
+# What it costs, and what it leaves alone
+
+
+@has_lock
+def test_sqlites_descriptors_are_found_without_looking_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "daemon.db"
+    taken = [open(os.devnull) for _ in range(50)]
+    for number in range(0, 50, 7):
+        taken[number].close()  # holes, in which what is opened next comes to be
+    try:
+        monkeypatch.setattr(_guard, "_all_descriptors", lambda: pytest.fail("looked at all"))
+        for make in (make_nothing_more, make_rollback, make_wal, make_killed):
+            make(path)
+            with DB.open(path) as db:
+                assert _guard.guard_of(db._state.file).is_locked()
+                in_thread(lambda db=db: db.conn)
+            for name in files_in(tmp_path):
+                (tmp_path / name).unlink()
+    finally:
+        for file in taken:
+            file.close()
+
+
+def make_nothing_more(path: Path) -> None:
+    """A fresh file."""
+
+
+@has_lock
+def test_where_something_else_has_the_lowest_descriptors_all_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fewer in (list, lambda: [0, 1, 10_000]):
+        monkeypatch.setattr(_guard, "next_descriptors", fewer)
+        with DB.open(tmp_path / "daemon.db") as db:
+            assert _guard.guard_of(db._state.file).is_locked()
+
+
+@has_lock
+def test_a_plain_connection_of_the_process_is_no_obstacle(tmp_path: Path) -> None:
+    """It has the -shm open already, and SQLite may use its descriptors again."""
+    path = tmp_path / "daemon.db"
+    make_wal(path)
+    with closing(sqlite3.connect(path)) as plain, closing(sqlite3.connect(path)) as another:
+        plain.execute("SELECT * FROM runs").fetchall()
+        another.execute("SELECT * FROM runs").fetchall()
+        another.close()
+        with DB.open(path) as db:
+            assert _guard.guard_of(db._state.file).is_locked()
+            insert_run(db.conn, "run-2")
+        assert plain.execute("SELECT count(*) FROM runs").fetchone() == (2,)
+    assert list(files_in(tmp_path)) == ["daemon.db"]
+
+
+def test_memory_and_rollback_journals_have_nothing_to_guard(tmp_path: Path) -> None:
+    make_rollback(tmp_path / "rollback.db")
+    with DB.open(":memory:") as memory, DB.open(tmp_path / "rollback.db", read_only=True) as db:
+        assert memory._state.guard is None and db._state.guard is None
+        with closing(sqlite3.connect(tmp_path / "rollback.db")) as other:
+            insert_run(other, "run-2")
+            other.commit()
+        assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (2,)
+
+
+@has_lock
+def test_to_others_it_is_one_reader_more(tmp_path: Path) -> None:
+    """They write, checkpoint, and begin the WAL anew."""
+    path = tmp_path / "daemon.db"
+    with DB.open(path) as db:
+        run(OTHER, path, 20, "other")
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            assert other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
+            insert_run(other)
+        assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (21,)
+    assert list(files_in(tmp_path)) == ["daemon.db"]

@@ -72,13 +72,10 @@ class Connection(sqlite3.Connection):
         # SQLite holds the function, and the function the connection: a forked child must not free its parent's.
         self.create_function("daemon_db_connection", 0, functools.partial(repr, self))
 
-    def guard(self, likely: list[int]) -> None:
-        """Once it has read through the WAL: keep the WAL there. Raise `OpenError` if the WAL was lost meanwhile."""
-        state = self.state
-        state.guard = guard_of(state.file)
-        state.guard.join(self, state.file, likely)
-        state.refuse_replaced()
-        state.refuse_unseen_commit()
+    def keep_wal(self, likely: list[int]) -> bool:
+        """Once it has read through the WAL: keep that there. False if the WAL has been lost since that read."""
+        self.state.guard = guard_of(self.state.file)
+        return self.state.guard.join(self, self.state.file, likely)
 
     def close(self) -> None:
         """Roll back what is open, close, and give the turn back. Not for the middle of a statement.
@@ -115,10 +112,12 @@ class Connection(sqlite3.Connection):
             super().close()
             return True
         with guard.mutex:
-            may_checkpoint = guard.may_checkpoint(file)
-            if not may_checkpoint and not guard.is_locked() and not self._forbid_checkpoint():
+            if guard.has(self) and guard.may_checkpoint(file):
+                guard.leave(self)
+            elif not guard.is_locked() and not self._forbid_checkpoint() and guard.has(self):
                 return False
-            guard.leave(self) if may_checkpoint else guard.leave_locked(self)
+            else:
+                guard.leave_locked(self)
             super().close()
         return True
 

@@ -9,6 +9,7 @@ Where the system has locks of an open file description (Linux), such a lock prev
 reader more. Elsewhere, and where somebody removes the WAL by hand, the loss is found out.
 """
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -18,7 +19,7 @@ import select
 import struct
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ._place import File, FileId
 
@@ -46,16 +47,24 @@ class Guard:
         self._locks: dict[int, tuple[FileId, Bytes]] = {}
         """By the descriptor that they are on."""
 
-    def join(self, conn: object, file: File, likely: Iterable[int]) -> None:
+    def join(self, conn: object, file: File, likely: Iterable[int]) -> bool:
         """For a connection that has just read for the first time, and so has opened the WAL.
 
-        `likely` are the descriptors that SQLite has probably got for the file and the -shm.
+        `likely` are the descriptors that SQLite has probably got for the file and the -shm. False if the WAL has been
+        removed or replaced since that read.
         """
         with self.mutex:
             if not self._connections:
                 self._wal_id, self._index_id = file.wal_id(), file.index_id()
-                self._lock(file, likely)
+                if not self._lock(file, likely):
+                    return False
+            if not (self.has_wal(file) and self.has_index(file)):
+                return False
             self._connections.add(conn)
+            return True
+
+    def has(self, conn: object) -> bool:
+        return conn in self._connections
 
     def leave(self, conn: object) -> None:
         """For a connection that will now be closed. The last one would find the lock in its own way."""
@@ -92,21 +101,25 @@ class Guard:
         """
         return not self.is_lost(file) or self.is_locked() and not file.wal_size()
 
-    def _lock(self, file: File, likely: Iterable[int]) -> None:
-        """Taken once: as long as another connection of this process has the file open, SQLite doesn't close the
+    def _lock(self, file: File, likely: Iterable[int]) -> bool:
+        """Take the lock, if the system has such locks. False if SQLite's own lock has been lost meanwhile.
+
+        Once is enough: as long as another connection of this process has the file open, SQLite doesn't close the
         descriptors of one that is closed, and the lock stays with them.
         """
-        self._locks.clear()
         wanted = {file.id: _SHARED, self._index_id: _IN_USE}
         try:
             if _SETLK is None:
                 raise OSError("this system has none")
             found = _descriptors(wanted.keys(), likely)
             for descriptor, file_id in found.items():
-                self._locks[descriptor] = file_id, wanted[file_id]
-                _set(descriptor, fcntl.F_RDLCK, wanted[file_id])
+                with _unless_closed():
+                    _set(descriptor, fcntl.F_RDLCK, wanted[file_id])
+                    self._locks[descriptor] = file_id, wanted[file_id]
             if file.id not in found.values():
                 raise OSError("SQLite's descriptor was not found")
+        except BlockingIOError:
+            return False  # another process checkpoints, and takes itself for the last one that has the file open
         except OSError as error:
             self._unlock()
             _log.info(
@@ -115,17 +128,18 @@ class Guard:
                 file.path,
                 error,
             )
-        else:
-            if self._index_id not in found.values():  # SQLite has another -shm open than the one that is there now
-                self._index_id = None
+            return True
+        return self._index_id in found.values()  # else SQLite has another -shm open than the one that is there now
 
     def _unlock(self) -> None:
         """Give the lock back. SQLite's own is taken again first, because something may have dropped it."""
         locks = [(each, area) for each, (file_id, area) in self._locks.items() if _find(each) == file_id]
         for descriptor, (start, length) in locks:
-            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, length, start)
+            with _unless_closed():
+                fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, length, start)
         for descriptor, area in locks:
-            _set(descriptor, fcntl.F_UNLCK, area)
+            with _unless_closed():
+                _set(descriptor, fcntl.F_UNLCK, area)
         self._locks.clear()
 
     def let_go_in_child(self) -> None:
@@ -213,8 +227,11 @@ def _all_descriptors() -> Iterable[int]:
 
 def _find_sqlites(descriptor: int) -> FileId | None:
     """What is open there. None if it isn't SQLite that has opened it: SQLite follows no link at the end of a path."""
-    found = _find(descriptor)
-    return found if found and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_NOFOLLOW else None
+    try:
+        is_sqlites = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_NOFOLLOW
+    except OSError:
+        return None  # another thread has closed it
+    return _find(descriptor) if is_sqlites else None
 
 
 def _find(descriptor: int) -> FileId | None:
@@ -223,6 +240,16 @@ def _find(descriptor: int) -> FileId | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def _unless_closed() -> Iterator[None]:
+    """A descriptor may be another thread's, which opens the same file just now, and whose opening fails."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
 
 
 def _set(descriptor: int, kind: int, area: Bytes) -> None:

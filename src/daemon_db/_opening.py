@@ -2,7 +2,8 @@
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from . import _guard, _process, _schema, _wal
 from ._connection import Connection, State
@@ -12,6 +13,30 @@ from .errors import REPLACED, WAL_REMOVED, OpenError, SchemaError, in_words, ope
 
 def open_first(state: State) -> Connection:
     """Open the database: create it, or bring it up to date, where that is needed."""
+    return until_it_keeps_its_wal(open_first_once, state)
+
+
+def open_another(state: State) -> Connection:
+    """Open one more connection, for another thread, to what `open_first` opened and to nothing else."""
+    return until_it_keeps_its_wal(open_another_once, state)
+
+
+class WalLost(OpenError):
+    """Between a connection's first read and the lock: something in this process dropped SQLite's lock just then."""
+
+
+def until_it_keeps_its_wal(open_once: Callable[[State], Connection], state: State) -> Connection:
+    deadline = time.monotonic() + state.timeout
+    while True:
+        try:
+            return open_once(state)
+        except WalLost:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.002)
+
+
+def open_first_once(state: State) -> Connection:
     file = state.file
     file.examine()
     _process.refuse_inherited(file)
@@ -21,22 +46,26 @@ def open_first(state: State) -> Connection:
     with said_in_words(state):
         conn = Connection(state)
         file.remember_id()
+        read_first(conn)
+        has_wal = is_in_wal_mode(conn, file)
+        if has_wal:
+            keep_wal(conn, likely)
         missing = _schema.missing(conn, file.path)
         enforce_foreign_keys(conn, file)
         if file.read_only:
             refuse_incomplete(missing, file)
             forbid_writing(conn)
-        else:
-            _wal.turn_on(conn, file, state.timeout)
+            return conn
+        _wal.turn_on(conn, file, state.timeout)
+        if not has_wal and not isinstance(file, Memory):
             read_first(conn)
-        keep_wal(conn, likely)
+            keep_wal(conn, likely)
         if missing:
             _schema.update(conn, file.path)
     return conn
 
 
-def open_another(state: State) -> Connection:
-    """Open one more connection, for another thread, to what `open_first` opened and to nothing else."""
+def open_another_once(state: State) -> Connection:
     file = state.file
     if isinstance(file, Memory) and not file.is_shared:
         raise sqlite3.NotSupportedError(
@@ -52,7 +81,10 @@ def open_another(state: State) -> Connection:
             file.refuse_replaced()
             read_first(conn)
             file.refuse_replaced()  # only now is it certain which file SQLite has opened
-            keep_wal(conn, likely)
+            if is_in_wal_mode(conn, file):
+                keep_wal(conn, likely)
+            elif state.guard:  # it is another file, which has got the inode of a removed one
+                raise OpenError(file.path, REPLACED)
             enforce_foreign_keys(conn, file)
             if file.read_only:
                 forbid_writing(conn)
@@ -73,14 +105,21 @@ def read_first(conn: sqlite3.Connection) -> None:
     conn.execute("PRAGMA schema_version")  # unlike journal_mode, it doesn't parse the schema
 
 
+def is_in_wal_mode(conn: sqlite3.Connection, file: File) -> bool:
+    """Whether the first read has opened a WAL."""
+    if file.wal_id():  # which is quicker to ask
+        return True
+    return bool(conn.execute("PRAGMA journal_mode").fetchone() == ("wal",))
+
+
 def keep_wal(conn: Connection, likely: list[int]) -> None:
     """Keep the WAL there that the first read has opened."""
-    file = conn.state.file
-    if file.wal_id():
-        conn.guard(likely)
-    elif not file.read_only and not isinstance(file, Memory):
-        # The file isn't in WAL mode: it is another file, which has got the inode of a removed one.
-        raise OpenError(file.path, REPLACED)
+    state = conn.state
+    if not conn.keep_wal(likely):
+        state.file.refuse_replaced()
+        state.refuse_lost_wal()
+        conn.close()
+        raise WalLost(state.file.path, WAL_REMOVED)
 
 
 def enforce_foreign_keys(conn: sqlite3.Connection, file: File) -> None:
