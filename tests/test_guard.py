@@ -384,8 +384,8 @@ def test_where_the_lock_is_not_to_be_had_one_line_says_so(
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         (
             "INFO",
-            f"{path}: without a lock of an open file description (this system has none), it is up to this program that "
-            "nothing in this process opens and closes the file but SQLite",
+            f"{path}: there is no lock of an open file description (this system has none): see to it that nothing in "
+            "this process but SQLite opens and closes the file",
         )
     ]
 

@@ -302,7 +302,9 @@ try:
 except daemon_db.OpenError as error:
     print(error.reason)
 """
-            assert "in its owner's way: look at it as its owner" in run_unprivileged(code, directory / "db")
+            assert "that the file's owner can't write: look at it as its owner" in run_unprivileged(
+                code, directory / "db"
+            )
             assert files_in(directory) == before
 
     def test_a_backup(self, tmp_path: Path) -> None:
@@ -382,8 +384,8 @@ except daemon_db.OpenError as error:
 
 REFUSED_TO_WRITE = "attempt to write a readonly database\n" * 2
 NOBODY = (
-    "no process has it open, so that SQLite needs to make a -shm beside it, and this user can't: "
-    "look at it as a user who can write there, or at a copy of the file and its -wal"
+    "no process has it open, so SQLite needs to make a -shm beside it, and this user can't: "
+    "look at it as a user who can write there, or look at a copy of the file and its -wal"
 )
 
 

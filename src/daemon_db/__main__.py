@@ -46,15 +46,16 @@ def main() -> int:
     except (OpenError, SchemaError) as error:
         return fail(str(error))
     except sqlite3.Error as error:
-        if primary_code(error) == sqlite3.SQLITE_INTERRUPT:  # by Ctrl-C, in the middle of a statement
+        if primary_code(error) == sqlite3.SQLITE_INTERRUPT:  # Ctrl-C came in the middle of a statement
             return fail("interrupted", 130)
         return fail(f"{os.path.abspath(arguments.path)}: {in_words(error)}")
     try:
         if sys.stdout is not None:
-            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a name may be in no encoding
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # of a name in another encoding
             print(json.dumps(found) if arguments.json else "\n".join(lines(found)), flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it exits, and fails with a traceback
+        # When Python exits, it writes what is left in the buffer: to a place where this doesn't fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return fail(f"cannot write to standard output: {error.strerror}")
     if problems := found.get("problems"):
         more = f" and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
@@ -69,7 +70,7 @@ def fail(message: str, status: int = 1) -> int:
 
 
 def look(db: DB) -> dict[str, Any]:
-    """What is there, as it is for `--json`."""
+    """What is in the database, as `--json` prints it."""
     return {
         "path": db.path,
         "sqlite": sqlite3.sqlite_version,
@@ -81,7 +82,7 @@ def look(db: DB) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
-    """The same for a person."""
+    """What `look` and `check` found, as lines for a person."""
     yield f"path           {found['path']}"
     bug = "  (has the WAL-reset bug: see the README)" if found["wal_reset_bug"] else ""
     yield f"SQLite         {found['sqlite']}{bug}"
@@ -119,7 +120,7 @@ class Progress:
         self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
 
     def follow(self, conn: sqlite3.Connection) -> None:
-        """Be called by SQLite while it works. This lets Ctrl-C in, too: Python handles signals in Python code only."""
+        """Let SQLite call this while it works. That lets Ctrl-C in, too: Python handles signals in Python code only."""
         conn.set_progress_handler(self._show, 100_000)
 
     def _show(self) -> int:

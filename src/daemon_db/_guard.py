@@ -1,12 +1,13 @@
-"""The WAL is kept where it is: by a lock that nobody's `close()` drops, and by knowing the WAL's inode.
+"""The WAL is kept where it is: by a lock that no `close()` drops, and by knowing the inodes of the -wal and the -shm.
 
-A process loses all its POSIX locks on a file, and SQLite's locks are such, when anything in the process closes any
-descriptor of that file (https://sqlite.org/howtocorrupt.html, 2.2): to read its header by `open()` is enough. The next
-program that opens and closes the database then takes itself for the last one. It checkpoints the WAL and removes it,
-while this process goes on to write into the removed one.
+SQLite's locks are POSIX locks. A process loses all that it has on a file when anything in the process closes any
+descriptor of that file: to read the file's header by `open()` is enough (https://sqlite.org/howtocorrupt.html, 2.2).
+The next program that opens and closes the database then takes itself for the last one. That program checkpoints the WAL
+and removes it, while this process goes on writing into the removed WAL.
 
-Where the system has locks of an open file description (Linux), such a lock prevents that. To others this looks like one
-reader more. Elsewhere, and where somebody removes the WAL by hand, the loss is found out.
+Linux has locks of another kind, of an open file description. No `close()` of another descriptor drops them, and other
+programs see them as one more reader. Where they can't be had, or somebody removes the WAL by hand, the loss is found
+out by the inodes.
 """
 
 import contextlib
@@ -33,25 +34,25 @@ _IN_USE = (128, 1)  # of the -shm: by this byte SQLite sees that somebody uses i
 
 
 class Guard:
-    """What all connections of this process to one file share: which WAL they have, and the lock that keeps it."""
+    """What all connections of this process to one file share: which WAL they have, and the lock that keeps it there."""
 
     def __init__(self) -> None:
         self.mutex = threading.RLock()
-        """For `join`, and for `leave` with SQLite's close after it.
+        """For joining, and for leaving together with SQLite's close.
 
-        The same thread may take it twice: the garbage collector closes connections at any moment.
+        The same thread may take the mutex twice: the garbage collector closes connections at any moment.
         """
         self._connections: set[object] = set()
         self._wal_id: FileId | None = None
         self._index_id: FileId | None = None
         self._locks: dict[int, tuple[FileId, Bytes]] = {}
-        """By the descriptor that they are on."""
+        """For each descriptor that the lock is on: the file that is open there, and which bytes are locked."""
 
     def join(self, conn: object, file: File, likely: Iterable[int]) -> bool:
         """For a connection that has just read for the first time, and so has opened the WAL.
 
-        `likely` are the descriptors that SQLite has probably got for the file and the -shm. False if the WAL has been
-        removed or replaced since that read.
+        `likely` are the descriptors that SQLite has probably got for the file and the -shm. Return False if the WAL has
+        been removed or replaced since that read.
         """
         with self.mutex:
             if not self._connections:
@@ -64,19 +65,21 @@ class Guard:
             return True
 
     def has(self, conn: object) -> bool:
+        """Whether the connection has joined."""
         return conn in self._connections
 
     def leave(self, conn: object) -> None:
-        """For a connection that will now be closed. The last one would find the lock in its own way."""
+        """For a connection that will now be closed. The lock would be in the way of the last one, and is given back."""
         self._connections.discard(conn)
         if not self._connections:
             self._unlock()
 
     def leave_locked(self, conn: object) -> None:
-        """The same, but the lock is left in the way: SQLite's last close neither checkpoints nor removes the WAL."""
+        """The same, but the lock stays in the way: SQLite's last close neither checkpoints nor removes the WAL."""
         self._connections.discard(conn)
 
     def is_locked(self) -> bool:
+        """Whether the lock could be had."""
         return bool(self._locks)
 
     def has_wal(self, file: File) -> bool:
@@ -88,43 +91,44 @@ class Guard:
         return file.index_id() == self._index_id is not None
 
     def is_lost(self, file: File) -> bool:
-        """Whether the -wal or the -shm of the connections was removed or replaced: nobody sees what they commit."""
-        with self.mutex:  # while no last connection closes, which removes both
+        """Whether the connections' -wal or -shm was removed or replaced: what they commit, nobody else sees."""
+        with self.mutex:  # so that no last connection closes meanwhile, and rightly removes both
             is_whole = self.has_wal(file) and self.has_index(file)
             return bool(self._connections) and not is_whole and file.is_there()
 
     def may_checkpoint(self, file: File) -> bool:
-        """Whether it is safe to write what is in the WAL into the file, though the WAL may be lost.
+        """Whether a checkpoint at the last close overwrites nothing that others have committed.
 
-        While the lock was held, nobody's close can have removed the WAL: somebody did so by hand. If nobody has
-        committed to another WAL since then, a checkpoint saves what is in the removed one.
+        While the lock is held, nobody's close removes the WAL: if the WAL is gone, somebody has removed it by hand. As
+        long as nobody has committed to another WAL, a checkpoint then saves what is in the removed one.
         """
         return not self.is_lost(file) or self.is_locked() and not file.wal_size()
 
     def _lock(self, file: File, likely: Iterable[int]) -> bool:
-        """Take the lock, if the system has such locks. False if SQLite's own lock has been lost meanwhile.
+        """Take the lock, if this system has such locks. Return False if SQLite's own lock has been dropped already.
 
-        Once is enough: as long as another connection of this process has the file open, SQLite doesn't close the
-        descriptors of one that is closed, and the lock stays with them.
+        The lock is taken once. SQLite keeps a descriptor open, and the lock with it, for as long as any connection of
+        this process has a lock on the file.
         """
         wanted = {file.id: _SHARED, self._index_id: _IN_USE}
+        self._locks = {each: lock for each, lock in self._locks.items() if _find(each) == lock[0]}
         try:
             if _SETLK is None:
                 raise OSError("this system has none")
             found = _descriptors(wanted.keys(), likely)
             for descriptor, file_id in found.items():
+                self._locks[descriptor] = file_id, wanted[file_id]  # before there is a lock: a fork may come between
                 with _unless_closed():
                     _set(descriptor, fcntl.F_RDLCK, wanted[file_id])
-                    self._locks[descriptor] = file_id, wanted[file_id]
             if file.id not in found.values():
                 raise OSError("SQLite's descriptor was not found")
         except BlockingIOError:
-            return False  # another process checkpoints, and takes itself for the last one that has the file open
+            return False  # another process checkpoints: it takes itself for the last one that has the file open
         except OSError as error:
-            self._unlock()
+            self._release()
             _log.info(
-                "%s: without a lock of an open file description (%s), it is up to this program that nothing in this "
-                "process opens and closes the file but SQLite",
+                "%s: there is no lock of an open file description (%s): see to it that nothing in this process but "
+                "SQLite opens and closes the file",
                 file.path,
                 error,
             )
@@ -132,24 +136,33 @@ class Guard:
         return self._index_id in found.values()  # else SQLite has another -shm open than the one that is there now
 
     def _unlock(self) -> None:
-        """Give the lock back. SQLite's own is taken again first, because something may have dropped it."""
-        locks = [(each, area) for each, (file_id, area) in self._locks.items() if _find(each) == file_id]
-        for descriptor, (start, length) in locks:
-            with _unless_closed():
-                fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, length, start)
-        for descriptor, area in locks:
-            with _unless_closed():
-                _set(descriptor, fcntl.F_UNLCK, area)
+        """Take SQLite's own locks again, because something may have dropped them, and give back ours."""
+        try:
+            for descriptor, (file_id, (start, length)) in self._locks.items():
+                if _find(descriptor) == file_id:
+                    with _unless_closed():
+                        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, length, start)
+        except OSError as error:
+            _log.warning("no lock for closing (%s): the WAL stays there until the next open and close", error)
+        else:
+            self._release()
+
+    def _release(self) -> None:
+        for descriptor, (file_id, area) in self._locks.items():
+            if _find(descriptor) == file_id:
+                with _unless_closed():
+                    _set(descriptor, fcntl.F_UNLCK, area)
         self._locks.clear()
 
     def let_go_in_child(self) -> None:
-        """A forked child has the locks, too, until it ends: its parent's death would not release them.
+        """Close in a forked child what the lock is on: else the lock would outlive the parent.
 
-        Nothing of the child's may close these descriptors, nor get their numbers: so they become /dev/null.
+        Something else in the child may use these numbers for what it inherited. So they become /dev/null.
         """
         null = os.open(os.devnull, os.O_RDWR)
-        for descriptor in self._locks:
-            os.dup2(null, descriptor, inheritable=False)
+        for descriptor, (file_id, _) in self._locks.items():
+            if _find(descriptor) == file_id:
+                os.dup2(null, descriptor, inheritable=False)
         os.close(null)
 
 
@@ -164,7 +177,7 @@ def guard_of(file: File) -> Guard:
     with _mutex:
         guard = _get(file.id)
         if guard is None:
-            # Not by a WeakValueDictionary: it would lose a signal's exception in the callback of a reference.
+            # No WeakValueDictionary: a signal's exception that strikes in its callbacks is lost.
             for each in [file_id for file_id in _guards if _get(file_id) is None]:
                 del _guards[each]
             guard = Guard()
@@ -173,7 +186,7 @@ def guard_of(file: File) -> Guard:
 
 
 def is_lost(file: File) -> bool:
-    """Whether this process has the file open and has lost its WAL. SQLite would use the old index for a new WAL."""
+    """Whether this process has the file open and has lost the WAL. SQLite would read a new WAL by the old index."""
     guard = _get(file.id)
     return guard is not None and guard.is_lost(file)
 
@@ -183,8 +196,7 @@ def _get(file_id: FileId | None) -> Guard | None:
     return reference() if reference else None
 
 
-def _begin_anew() -> None:
-    """In a forked child."""
+def _after_fork_in_child() -> None:
     global _mutex
     for file_id in _guards:
         if guard := _get(file_id):
@@ -193,22 +205,22 @@ def _begin_anew() -> None:
     _mutex = threading.Lock()  # another thread may have had it at the fork
 
 
-os.register_at_fork(after_in_child=_begin_anew)
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def next_descriptors() -> list[int]:
-    """The lowest free ones, which the system gives to whoever opens files next. None of them if there are too few."""
+    """The lowest free ones, which the system gives to the next files that are opened. Empty if there are too few."""
     if _SETLK is None:
         return []
     try:
-        taken = [select.epoll() for _ in range(4)]  # each takes a descriptor, and gives it back when it is freed
+        taken = [select.epoll() for _ in range(4)]  # an epoll object is a descriptor, which is closed with the object
     except OSError:
         return []
     return [each.fileno() for each in taken]
 
 
 def _descriptors(files: Iterable[FileId | None], likely: Iterable[int]) -> dict[int, FileId]:
-    """Those that SQLite has for these files. To look at all that the process has takes long, if there are many."""
+    """Those that SQLite has for these files. All descriptors of the process are looked at only if that is needed."""
     wanted = set(files) - {None}
     found = {each: file_id for each in likely if (file_id := _find_sqlites(each)) in wanted}
     if set(found.values()) != wanted:
@@ -222,11 +234,11 @@ def _all_descriptors() -> Iterable[int]:
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise
-        return range(resource.getrlimit(resource.RLIMIT_NOFILE)[0])  # all are in use, so that these are not too many
+        return range(resource.getrlimit(resource.RLIMIT_NOFILE)[0])  # all of them are in use, so the limit is low
 
 
 def _find_sqlites(descriptor: int) -> FileId | None:
-    """What is open there. None if it isn't SQLite that has opened it: SQLite follows no link at the end of a path."""
+    """Which file is open there, if SQLite has opened it: it does so by O_NOFOLLOW, and `open()` and the like don't."""
     try:
         is_sqlites = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_NOFOLLOW
     except OSError:
@@ -244,7 +256,7 @@ def _find(descriptor: int) -> FileId | None:
 
 @contextlib.contextmanager
 def _unless_closed() -> Iterator[None]:
-    """A descriptor may be another thread's, which opens the same file just now, and whose opening fails."""
+    """Go on if the descriptor is closed: another thread may have opened the same file, and failed, at this moment."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The steps of opening, in their order. Nothing is written before all that can be refused has been checked."""
+"""The steps of opening, in their order. Nothing is written before path, file and schema have been checked."""
 
 import contextlib
 import sqlite3
@@ -22,10 +22,11 @@ def open_another(state: State) -> Connection:
 
 
 class WalLost(OpenError):
-    """Between a connection's first read and the lock: something in this process dropped SQLite's lock just then."""
+    """The WAL was removed between the connection's first read and the lock. Nothing was written: try again."""
 
 
 def until_it_keeps_its_wal(open_once: Callable[[State], Connection], state: State) -> Connection:
+    """Something in this process may drop SQLite's lock in the moment before there is another lock: then open again."""
     deadline = time.monotonic() + state.timeout
     while True:
         try:
@@ -37,6 +38,7 @@ def until_it_keeps_its_wal(open_once: Callable[[State], Connection], state: Stat
 
 
 def open_first_once(state: State) -> Connection:
+    """As `open_first`, but raise `WalLost` where it is worth another try."""
     file = state.file
     file.examine()
     _process.refuse_inherited(file)
@@ -66,6 +68,7 @@ def open_first_once(state: State) -> Connection:
 
 
 def open_another_once(state: State) -> Connection:
+    """As `open_another`, but raise `WalLost` where it is worth another try."""
     file = state.file
     if isinstance(file, Memory) and not file.is_shared:
         raise sqlite3.NotSupportedError(
@@ -76,26 +79,28 @@ def open_another_once(state: State) -> Connection:
     try:
         with said_in_words(state):
             conn = Connection(state)
-            # Before anything is read. A read of another file would begin the WAL's index anew, and empty it first:
-            # this process's connections to the old file have that index in memory, and would crash (SIGBUS).
+            # Before the first read: of another file, the read would empty the -shm, and begin its index anew. This
+            # process's connections to the old file have that index in memory: they would crash (SIGBUS).
             file.refuse_replaced()
             read_first(conn)
-            file.refuse_replaced()  # only now is it certain which file SQLite has opened
+            file.refuse_replaced()  # the file may have been replaced between the first look and SQLite's
             if is_in_wal_mode(conn, file):
                 keep_wal(conn, likely)
-            elif state.guard:  # it is another file, which has got the inode of a removed one
+            elif (
+                state.guard
+            ):  # the file was in WAL mode: this is another one, which has got the inode of a removed file
                 raise OpenError(file.path, REPLACED)
             enforce_foreign_keys(conn, file)
             if file.read_only:
                 forbid_writing(conn)
     except sqlite3.OperationalError:
-        file.refuse_replaced()  # in better words, if that is the reason: SQLite's may be "disk I/O error"
+        file.refuse_replaced()  # SQLite's own words for a removed file may be "disk I/O error"
         raise
     return conn
 
 
 def refuse_lost_wal(file: File) -> None:
-    """Raise `OpenError` if this process has lost the file's WAL: SQLite would read a new WAL by the old one's index."""
+    """Raise `OpenError` if this process has lost the file's WAL: SQLite would read a new WAL by the old index."""
     if _guard.is_lost(file):
         raise OpenError(file.path, WAL_REMOVED)
 
@@ -107,13 +112,13 @@ def read_first(conn: sqlite3.Connection) -> None:
 
 def is_in_wal_mode(conn: sqlite3.Connection, file: File) -> bool:
     """Whether the first read has opened a WAL."""
-    if file.wal_id():  # which is quicker to ask
+    if file.wal_id():  # the quicker question
         return True
     return bool(conn.execute("PRAGMA journal_mode").fetchone() == ("wal",))
 
 
 def keep_wal(conn: Connection, likely: list[int]) -> None:
-    """Keep the WAL there that the first read has opened."""
+    """Keep the WAL there that the first read has opened. Raise `WalLost` if it isn't there any more."""
     state = conn.state
     if not conn.keep_wal(likely):
         state.file.refuse_replaced()
@@ -144,9 +149,9 @@ def refuse_incomplete(missing: tuple[_schema.Addition, ...], file: File) -> None
 
 @contextlib.contextmanager
 def said_in_words(state: State) -> Iterator[None]:
-    """Raise `OpenError` for what SQLite says.
+    """Raise `OpenError` for what SQLite says in here.
 
-    In here, before the connection is closed: to close it frees descriptors, and SQLite may mean a lack of them.
+    The connection is still open then. So if SQLite lacks descriptors, the lack can still be seen.
     """
     try:
         yield

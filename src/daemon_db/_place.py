@@ -17,8 +17,10 @@ _LONGEST_PATH = 504
 
 
 class File:
-    """A database file. `path` is the caller's name for it; `real_path` is where the links in that name lead: SQLite
-    puts the -wal and the -shm beside it. `id` is None until there is a file.
+    """A database file.
+
+    `path` is the caller's name for it. If that is a symbolic link, `real_path` is where the link leads: SQLite puts the
+    -wal and the -shm there. `id` is None as long as there is no file.
     """
 
     journal_mode = "wal"
@@ -33,8 +35,10 @@ class File:
     # Before SQLite is asked
 
     def examine(self) -> None:
-        """Raise `OpenError` for what SQLite would hang on, take for a database, create in another place, or open and
-        then not be able to write. All else SQLite refuses by itself, and `reason` says why.
+        """Find the file: set `real_path` and `id`. Raise `OpenError` if SQLite would not refuse it, and should.
+
+        SQLite would wait for ever for a pipe, take a file of one byte for an empty one, create the file in another
+        directory, or open a file that it can't write. All else SQLite refuses by itself, and `reason` says why.
         """
         try:
             status = os.lstat(self.path)
@@ -43,19 +47,19 @@ class File:
                 self.real_path = os.path.realpath(self.path)
                 status = os.stat(self.path)
         except OSError as error:
-            self._examine_absence(error)
+            self._examine_what_is_not_there(error)
         else:
-            self._examine_file(status)
+            self._examine_what_is_there(status)
 
-    def _examine_absence(self, error: OSError) -> None:
+    def _examine_what_is_not_there(self, error: OSError) -> None:
         parent = os.path.dirname(self.path)
         try:
             os.stat(os.path.join(parent, ""))  # with the slash: as a directory
-        except FileNotFoundError:  # SQLite shortens "no/../db" to "db", and creates that
+        except FileNotFoundError:  # of "no/../db", SQLite would make "db", and create it, though there is no "no"
             raise OpenError(self.path, f"parent directory {parent} does not exist") from error
         except OSError as obstacle:
             raise OpenError(self.path, f"parent directory {parent}: {obstacle.strerror}") from error
-        if not isinstance(error, FileNotFoundError):  # links in a circle, a name that is too long, a closed directory
+        if not isinstance(error, FileNotFoundError):  # links in a circle, a name that is too long, no permission
             forbidden = isinstance(error, PermissionError) and self._forbidden_directory()
             raise OpenError(self.path, forbidden or str(error.strerror)) from error
         if self.read_only:
@@ -64,7 +68,7 @@ class File:
         if too_long := self._journal_name_too_long():  # SQLite would create the file, and then not the journal
             raise OpenError(self.path, too_long) from error
 
-    def _examine_file(self, status: os.stat_result) -> None:
+    def _examine_what_is_there(self, status: os.stat_result) -> None:
         if stat.S_ISDIR(status.st_mode):
             raise OpenError(self.path, "it is a directory")
         if not stat.S_ISREG(status.st_mode):
@@ -78,7 +82,7 @@ class File:
             self._opens_to_write = self._must_open_to_write(status)
 
     def _forbidden(self, *suffixes: str) -> str | None:
-        """Which of these files this user may not use: SQLite opens one that it can't write all the same, to read."""
+        """Words for the first of these files that this user may not use. What it can't write, SQLite opens to read."""
         mode, rights = (os.R_OK, "readable") if self.read_only else (os.R_OK | os.W_OK, "readable and writable")
         for suffix in suffixes:
             name = self.real_path + suffix
@@ -88,6 +92,7 @@ class File:
         return None
 
     def _forbidden_directory(self) -> str | None:
+        """Words for a directory in which this user may not create the files that SQLite needs."""
         directory = os.path.dirname(self.real_path)
         if self.read_only or self._can_write_beside():
             return None
@@ -97,18 +102,21 @@ class File:
         return _allowed(os.path.dirname(self.real_path), os.W_OK | os.X_OK)
 
     def _must_open_to_write(self, status: os.stat_result) -> bool:
-        """Whether SQLite will make a -wal and a -shm to read by, which only a connection that can write removes."""
+        """Whether a read-only `DB` needs a connection that can write.
+
+        SQLite may have to create a -wal and a -shm in order to read. Only a connection that can write removes them.
+        """
         wal, index, journal = (_exists(self.real_path + suffix) for suffix in ("-wal", "-shm", "-journal"))
         if wal and index or not self._can_write_beside():
             return False
         if _allowed(self.real_path, os.W_OK):
-            return not (wal or journal)  # a connection that can write would checkpoint the one or play the other back
+            return not (wal or journal)  # if there is one, a connection that can write would write it into the file
         if status.st_uid == os.geteuid():
             return False
         raise OpenError(
             self.path,
-            "no process has it open, and SQLite would leave a -wal and a -shm of this user's in its owner's way: "
-            "look at it as its owner, or at a copy of the file and its -wal",
+            "no process has it open, and SQLite would leave a -wal and a -shm that the file's owner can't write: "
+            "look at it as its owner, or look at a copy of the file and its -wal",
         )
 
     def mode(self) -> str:
@@ -120,13 +128,13 @@ class File:
     def uri(self, mode: str) -> str:
         """As a URI, which alone can say `mode=rw`: create nothing (https://sqlite.org/uri.html)."""
         escaped = self.real_path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-        # "//" and no authority: the path itself may begin with two slashes
+        # "//" is followed by a host, here by none: without it, a path that begins with two slashes would name a host
         return f"file://{escaped}?mode={mode}"
 
     # Once SQLite has opened it
 
     def remember_id(self) -> None:
-        """Know which file SQLite has opened, or created. Later connections are to this file or to none."""
+        """Remember which file SQLite has opened or created: later connections are to this file, or to none."""
         found = _find(self.path)
         if found is None or self.id not in (None, found):
             raise OpenError(self.path, "removed or replaced while it was opened")
@@ -137,7 +145,7 @@ class File:
         return _find(self.path) == self.id and (self.real_path == self.path or _find(self.real_path) == self.id)
 
     def refuse_replaced(self) -> None:
-        """Raise `OpenError` if another file, or none, is at the path now: what is written to the old one is lost."""
+        """Raise `OpenError` if another file, or none, is at the path now: nobody else sees the one that is open."""
         if not self.is_there():
             raise OpenError(self.path, REPLACED)
 
@@ -157,7 +165,7 @@ class File:
             return 0
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to do: only `Memory` has something open."""
 
     # Once SQLite has said no
 
@@ -190,9 +198,9 @@ class File:
 
 
 class Memory(File):
-    """A database in memory, for the threads of one `DB`: there is nothing to look at, and nothing to lose.
+    """A database in memory, for the threads of one `DB`. There is no file to look at, and no WAL.
 
-    SQLite's memdb VFS shares a name that begins with "/" within the process, as long as a connection to it is open.
+    Connections of one process that give SQLite's memdb VFS the same name, which begins with "/", have the same memory.
     """
 
     journal_mode = "memory"
@@ -204,13 +212,14 @@ class Memory(File):
         self._anchors: list[sqlite3.Connection] = []
 
     def examine(self) -> None:
-        """Keep the memory until `close`, whichever threads end. No statement runs on this connection."""
+        """Open a connection that keeps the memory until `close`, whichever threads end. Nothing is executed on it."""
         if self.is_shared:
             self._anchors.append(sqlite3.connect(self.uri(self.mode()), uri=True, check_same_thread=False))
 
     def close(self) -> None:
         with contextlib.suppress(IndexError):
-            self._anchors.pop().close()  # by one thread only: without the GIL, two at once crash the interpreter
+            # Popped, so that one thread alone closes it: without the GIL, two threads at once would crash Python.
+            self._anchors.pop().close()
 
     def uri(self, mode: str) -> str:
         return f"file:{self.real_path}?vfs=memdb" if self.is_shared else "file::memory:"
@@ -257,7 +266,7 @@ def _find(path: str) -> FileId | None:
     return status.st_dev, status.st_ino
 
 
-def _exists(path: str) -> bool:
+def _exists(path: str) -> bool:  # os.path.exists() takes twice as long
     return os.access(path, os.F_OK)
 
 

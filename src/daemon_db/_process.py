@@ -9,7 +9,7 @@ from ._place import File, FileId
 from .errors import STILL_OPEN, OpenError
 
 pid = os.getpid()
-"""This process. To ask the system each time takes as long as a quarter of a `SELECT 1`."""
+"""The id of this process, asked for once: os.getpid() takes a quarter of the time of a `SELECT 1`."""
 
 open_files: dict[object, File] = {}
 """The file of each connection, from before SQLite is asked to open the file until the connection is closed.
@@ -21,11 +21,11 @@ _inherited: set[FileId | str] = set()
 """What was in `open_files` when this process was forked: inodes, or the paths of files that were being created."""
 
 
-def _begin_anew() -> None:
-    """In a forked child: the parent's connections stay as they are.
+def _after_fork_in_child() -> None:
+    """Leave the parent's connections as they are.
 
-    To close or free a connection of the parent's would roll back in the WAL's index, in memory that the two processes
-    share: "database disk image is malformed" in the parent.
+    To close or free a connection rolls back its transaction, in the WAL's index. Parent and child have that index in
+    memory that they share: the parent would get "database disk image is malformed".
     """
     global pid
     pid = os.getpid()
@@ -33,14 +33,15 @@ def _begin_anew() -> None:
     open_files.clear()
 
 
-os.register_at_fork(after_in_child=_begin_anew)
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def refuse_inherited(file: File) -> None:
-    """Raise `OpenError` where SQLite would take locks that the parent process holds for locks of this one.
+    """Raise `OpenError` if the parent had the file open at the fork.
 
-    SQLite remembers a process's locks in memory. A fork copies the memory and not the locks: the parent's last
-    `close()` finds the file free and removes the WAL under the child, and what the child then commits is lost.
+    SQLite remembers in memory which locks its process has. A fork copies that memory, and not the locks. So SQLite in
+    the child believes in locks that it doesn't have: the parent's last `close()` finds the file free, and removes the
+    WAL that the child writes to.
     """
     if file.id in _inherited or file.real_path in _inherited:
         raise OpenError(
@@ -53,10 +54,11 @@ def refuse_inherited(file: File) -> None:
 def refuse_index_in_use(file: File) -> None:
     """Raise `OpenError` if the -shm beside this file is one that this process uses for the file that was here before.
 
-    SQLite doesn't see locks of its own process. It would begin that index anew, and the threads that have the old file
-    open would crash (SIGBUS), or write into the new file's index.
+    SQLite doesn't see locks of its own process: for the new file, it would empty that -shm and begin its index anew.
+    Threads that have the old file open would then crash (SIGBUS), or write into the new file's index.
     """
+    index_id = file.index_id()
     for other in list(open_files.values()):
-        if other.id not in (None, file.id) and not other.is_there():
-            if other.index_id() == file.index_id() is not None:
-                raise OpenError(file.path, STILL_OPEN)
+        is_another = other.id is not None and other.id != file.id
+        if index_id and is_another and not other.is_there() and other.index_id() == index_id:
+            raise OpenError(file.path, STILL_OPEN)

@@ -1,13 +1,13 @@
 """The schema that a file has, against `schema.sql`: what has to be added to the file, and what in it doesn't fit.
 
-A file fits when every statement written against `schema.sql` that names its columns works on it: everything that is in
-`schema.sql` is there or can be added, and nothing else that is there refuses a row. Whether something can be added,
-SQLite says when it is added, in a transaction that is then rolled back. No SQL of the file's is ever executed.
+A file fits if every statement that was written for `schema.sql`, and names the columns it uses, works on that file. So
+all of `schema.sql` must be there, or be added, and nothing else in the file may refuse a row. What SQLite can't add, it
+says when it is asked to: that transaction is rolled back. No SQL that is in the file is ever executed.
 
 Compared is what SQLite's pragmas show of a table (https://sqlite.org/pragma.html#pragma_table_xinfo). They don't show
-CHECK and ON CONFLICT clauses, a column's collation (an index's they do), DEFERRABLE, what a trigger does, what the
-expressions of indexes, generated columns and defaults can fail on, nor whether the parent of an extra foreign key, or
-of another table's to ours, fits it: differences there are not seen.
+CHECK and ON CONFLICT clauses, the collation of a column, or DEFERRABLE. They don't show what a trigger does, nor when
+the expression of an index, of a generated column or of a default fails. They don't show whether the parent of a foreign
+key fits, be the key an extra one of ours or another table's to ours. Differences of these kinds are not seen.
 """
 
 import functools
@@ -26,7 +26,7 @@ SQL = importlib.resources.files(__package__).joinpath("schema.sql").read_text(en
 # As a blob, because text in there needn't be UTF-8.
 _WHOLE_TEXT = """
     SELECT CAST(group_concat(type || ',' || name || ',' || tbl_name || ',' || sql) AS BLOB) FROM sqlite_master"""
-# lower(): names are case-insensitive in ASCII. It and CAST make text or NULL of whatever a damaged file has there.
+# lower(): names are case-insensitive in ASCII. lower() and CAST make text or NULL of whatever a damaged file has there.
 _CATALOGUE = """
     SELECT lower(type), lower(name), lower(tbl_name), CAST(sql AS TEXT) FROM sqlite_master
     WHERE type IS NOT 'trigger' AND name NOT GLOB 'sqlite_*' ORDER BY rowid"""
@@ -59,7 +59,7 @@ class Object(NamedTuple):
 
 
 class Table:
-    """A table's parts in words, so that parts that mean the same are the same words."""
+    """A table's columns, constraints and indexes in words: the same words for the same meaning, however it is spelt."""
 
     def __init__(self, conn: sqlite3.Connection, table: Object) -> None:
         self.columns: dict[str, str] = {}
@@ -67,7 +67,7 @@ class Table:
         self.nullable: set[str] = set()  # NULL in a row that doesn't name them
         self.constraints: dict[str, set[str | None]] = {}  # unique ones and foreign keys, with their columns
         self.indexes: dict[str, str] = {}  # made by CREATE INDEX
-        self.unique_indexes: dict[str, str] = {}  # the unique constraints among them, with the index's name
+        self.unique_indexes: dict[str, str] = {}  # for a constraint that CREATE UNIQUE INDEX made, the index's name
         self._read_columns(conn, table)
         self._read_foreign_keys(conn, table)
         self._read_indexes(conn, table)
@@ -163,9 +163,9 @@ def missing(conn: sqlite3.Connection, path: str) -> tuple[Addition, ...]:
     if _whole_text(conn) in _complete:
         return ()
     conn.text_factory = _decode
-    conn.execute("SAVEPOINT comparison")  # all of one snapshot
+    conn.execute("SAVEPOINT comparison")  # so that all reads are of one snapshot
     try:
-        text = _whole_text(conn)
+        text = _whole_text(conn)  # read again: this one is of the snapshot
         found = Schema(conn, expected().tables)
     finally:
         conn.text_factory = str
@@ -190,7 +190,7 @@ def update(conn: sqlite3.Connection, path: str) -> None:
         conn.execute("BEGIN IMMEDIATE")
         for addition in missing(conn, path):  # asked again: another process may have been quicker
             _add(conn, path, addition)
-        if lacks := _what_it_lacks(conn, path):  # a column of `schema.sql` with a constraint of its table, for one
+        if lacks := _what_it_lacks(conn, path):  # such as UNIQUE (a, b), where a and b are new columns
             raise _can_not_be_added(path, "; ".join(lacks), "ALTER TABLE adds columns, and no constraints of a table")
         conn.execute("COMMIT")
     finally:
@@ -266,7 +266,8 @@ def _table_differences(name: str, wanted: Table, found: Table) -> Iterator[str]:
         if not is_added_with_its_column and not is_added_with_its_index:
             yield f"{name}: no {constraint}"
     for constraint in sorted(found.constraints.keys() - wanted.constraints.keys()):
-        # UNIQUE and foreign keys take no notice of a row with a NULL: in these columns rows of ours have one.
+        # A row that has NULL in one of its columns passes UNIQUE and a foreign key. Statements written for `schema.sql`
+        # leave NULL in a nullable extra column.
         if not found.constraints[constraint] & extra & found.nullable:
             yield f"{name}: extra {constraint}"
     for index, declaration in wanted.indexes.items():
@@ -289,7 +290,7 @@ def _additions(found: Schema) -> Iterator[Addition]:
             yield Addition(index.sql, f"{name}: missing index")
 
 
-# A name may have any sign in it that isn't ASCII, and "$".
+# In SQL, a name may have "$" in it, and all that isn't ASCII.
 _TOKENS = re.compile(r"""--[^\n]*|/\*.*?\*/|'[^']*'|"[^"]*"|`[^`]*`|\[[^]]*\]|[\w$\x80-\U0010ffff]+|.""", re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""WAL mode: turned on, kept from growing for ever, and left as it was where that is promised."""
+"""WAL mode is turned on, the WAL is kept small, and the WAL of a file that `open` refuses is left as it was."""
 
 import contextlib
 import sqlite3
@@ -30,13 +30,13 @@ def turn_on(conn: sqlite3.Connection, file: File, timeout: float) -> None:
 
 @contextlib.contextmanager
 def left_as_it_is(file: File) -> Iterator[None]:
-    """Leave the WAL of a killed process as it is while a connection closes in here.
+    """While a connection closes in here, leave the WAL as it is: a killed process may have left rows in it.
 
-    When the last connection to a file closes, SQLite checkpoints the WAL. So another connection is open meanwhile,
-    which can't write. Where that one can't be opened, the connection that closes had no use of the WAL either.
+    When the last connection to a file closes, SQLite checkpoints the WAL. So a second connection, a read-only one, is
+    opened for that time, and is then the last. If the second one can't be opened, the first one could not use the WAL.
     """
     with contextlib.ExitStack() as stack:
-        if file.wal_size() and file.is_there():  # another file's WAL may be in use here (see `open_another`)
+        if file.wal_size() and file.is_there():  # to read another file would harm this process: see `open_another`
             with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
                 reader = stack.enter_context(contextlib.closing(sqlite3.connect(file.uri("ro"), uri=True)))
                 reader.execute("SELECT 1 FROM sqlite_master").fetchone()
@@ -47,21 +47,20 @@ LIMIT = 16 * 2**20
 """Bytes that the WAL may have before a commit checkpoints all of it. SQLite's own checkpoints are at 4 MB."""
 
 LOOK_EVERY = 0.01
-"""Seconds from one look at the WAL's size to the next: one after each fsync takes a quarter of eight threads' rate."""
+"""Seconds from one look at the WAL's size to the next. A look after each commit costs eight threads a quarter of their
+commits per second: just after an fsync, `stat` takes long.
+"""
 
 PATIENCE = 0.2
-"""Seconds that such a checkpoint waits: for readers of the WAL, and then for those that have begun meanwhile.
-
-No thread of this `DB` can write in that time.
-"""
+"""Seconds that a checkpoint of the whole WAL waits for readers. No thread of this `DB` can write in that time."""
 
 
 class Checkpoints:
     """Keeps a file's WAL from growing for ever.
 
-    SQLite begins the WAL anew only where no reader needs any of it, and readers that overlap keep SQLite from that for
-    ever. While a checkpoint empties the WAL, new readers read the file itself, and the checkpoint waits for the old
-    readers (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files).
+    SQLite writes at the WAL's beginning again only when no reader needs any of the WAL. If there is always one reader
+    or another, the WAL grows and grows. A checkpoint that empties the WAL ends this: new readers then read the file
+    itself, and the checkpoint waits for the old ones (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files).
     """
 
     def __init__(self, file: File) -> None:
@@ -85,12 +84,12 @@ class Checkpoints:
         if is_due:
             self._limit = 2 * size
         try:
-            # When this connection next begins the WAL anew, after the last reader has ended, it gives the disk back.
+            # With this limit, SQLite truncates the WAL when it next writes at the beginning, after the last reader.
             conn.execute(f"PRAGMA journal_size_limit={LIMIT}")
             if not is_due:
                 return None
             if _empty(conn):
-                self._limit = LIMIT  # here, too: the next commit alone may be larger
+                self._limit = LIMIT  # not at the next look: one commit alone may be larger than the limit
                 return None
             reason = "a reader is in the way: a SELECT half read, or a transaction left open, here or elsewhere"
         except sqlite3.Error as error:  # the commit is made all the same
@@ -99,16 +98,17 @@ class Checkpoints:
 
 
 def _empty(conn: sqlite3.Connection) -> bool:
-    """Whether a checkpoint could empty the WAL.
+    """Checkpoint the whole WAL. Return whether that has emptied the WAL.
 
-    The wait is not by SQLite's busy handler: SQLite may then wait for one of the WAL's five read locks which new
-    readers go on to share, each of them up to date. A new checkpoint sees that they are, and doesn't wait for them.
+    SQLite's own wait, by the busy handler, may be for a read lock that new readers share again and again, and that is
+    never free. A checkpoint that is begun anew doesn't wait for readers that need nothing of the WAL. So this begins
+    anew, and doesn't wait in SQLite.
     """
     cursor = conn.cursor()
     cursor.row_factory = None  # the caller's may make anything of a row
     (timeout,) = cursor.execute("PRAGMA busy_timeout").fetchone()
     try:
-        cursor.execute("PRAGMA busy_timeout=0")  # in here, where a signal's exception can't keep it so
+        cursor.execute("PRAGMA busy_timeout=0")  # inside `try`: a signal's exception must not leave it at 0
         deadline = time.monotonic() + PATIENCE
         while True:
             (busy, _, _) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()

@@ -45,16 +45,17 @@ class DB:
         `timeout` is how many seconds each wait for a lock may last: this call's, a statement's, a transaction's.
         `on_connect(conn)` is called with each new connection, last, in the thread that gets it: for `row_factory`,
         `PRAGMA synchronous` and the like; not for using this `DB`. What it raises goes on to the caller, and the
-        connection is closed; so does `sqlite3.ProgrammingError` if it leaves autocommit mode. An SQL function or a row
-        factory that holds `conn` keeps it from being closed before its thread ends.
-        `read_only=True` creates and writes nothing, and needs no permission to write the file, whose schema must be
-        complete: for looking at a daemon's database, or at what a dead one left.
+        connection is closed; so does `sqlite3.ProgrammingError` if it leaves autocommit mode. If an SQL function or a
+        row factory refers to `conn`, the connection stays open after `close()`, until its thread ends.
+        `read_only=True` writes nothing to the database, and needs no permission to write the file. The file's schema
+        must be complete. This is for looking at a daemon's database, or at what a dead daemon left.
 
         A subclass gets its own type; its `__init__` isn't called.
 
         Raises `OpenError` if the file can't be opened, and `SchemaError` if it is a database but not one that fits,
-        before the first write. If SQLite, or the rows that are there, allow no addition to the schema, that is an
-        `OpenError`, and tables and rows are left as they were. Raises `TypeError` or `ValueError` for a wrong argument.
+        before the first write. Raises `OpenError` if SQLite refuses an addition to the schema, or if the rows that are
+        there don't allow it: tables and rows are then as they were. Raises `TypeError` or `ValueError` for a wrong
+        argument.
 
         https://sqlite.org/wal.html, https://sqlite.org/foreignkeys.html, https://sqlite.org/lang_altertable.html.
         """
@@ -70,11 +71,11 @@ class DB:
         self._on_connect = on_connect
         self._checkpoints = Checkpoints(state.file)
         self._finalizer = weakref.finalize(self, _drop, state)
-        self._finalizer.atexit = False  # functions registered for the exit, also before this, may want to use it
+        self._finalizer.atexit = False  # a function that was registered for the exit earlier may want to use the DB
         try:
             self._connect(_opening.open_first)
         except BaseException:
-            DB.close(self)  # a subclass's may need what its __init__ would have made
+            DB.close(self)  # not self.close(): a subclass's `close` may need what its __init__ would have made
             raise
 
     @property
@@ -91,24 +92,23 @@ class DB:
             conn = thread.connections.get(self._state)
             if conn is not None and conn.is_usable:
                 return conn
-        return self._connection()  # which finds out what is to be done, or to be refused
+        return self._connection()  # opens one, or says why not
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """One write transaction: `with db.transaction() as conn:`, where `conn` is the calling thread's connection.
 
         Threads take turns, each waiting up to `timeout` seconds for its own; then `BEGIN IMMEDIATE` waits up to
-        `timeout` for other processes. The end of the block commits. Any exception in the block rolls back and goes on;
-        one that comes after COMMIT, such as a signal's, goes on with the commit made.
+        `timeout` for other processes. The end of the block commits. Any exception in the block rolls back, and is
+        raised again. If an exception comes after COMMIT, a signal's for instance, the commit is made all the same.
 
         Raises `sqlite3.OperationalError`: "database is locked" after `timeout`, and inside of another transaction
-        "cannot start a transaction within a transaction". Raises what `conn` raises, and what COMMIT does, rolled back.
-        Raises `OpenError` if the file or its WAL was removed or replaced: what is committed to the old one is lost,
-        unless it is put back.
+        "cannot start a transaction within a transaction". Raises what `conn` raises. Raises what COMMIT raises, and
+        rolls back. Raises `OpenError` if the file or its WAL was removed or replaced: nobody else sees what is
+        committed there. If it is the WAL, this `DB` has come to its end, for all threads.
 
-        A signal's exception, at whatever moment, is rolled back like any other. If it strikes just when the block
-        begins or ends, or if a second one strikes during the rollback, the transaction ends when the exception's
-        traceback is gone.
+        If a signal's exception strikes in the very instructions that begin or end the block, the rollback may wait
+        until the exception's traceback is gone, as it is when an `except` clause has ended.
 
         After a commit, where the WAL has more than 16 MB, it is checkpointed, which may wait 0.2 seconds for readers.
         Where they don't end, the logger "daemon_db" warns (https://sqlite.org/wal.html#ckpt).
@@ -117,49 +117,49 @@ class DB:
         state = self._state
         conn = self._connection()
         if conn.in_transaction:
-            conn.execute("BEGIN IMMEDIATE")  # SQLite's own refusal; the outer transaction can go on
+            conn.execute("BEGIN IMMEDIATE")  # raises SQLite's own refusal; the outer transaction can go on
         try:
             if not state.turn.acquire(timeout=state.timeout):
                 raise locked()
-            self._refuse_use()  # if it was closed meanwhile
+            self._refuse_use()  # another thread may have closed the DB meanwhile
             self._begin(conn)
             yield conn
             self._refuse_fork()
             conn.execute("COMMIT")
             state.refuse_unseen_commit()
             warning = self._checkpoints.after_commit(conn)
-        # From here on no Python function is called before the turn is given back: when a function begins, a signal's
-        # exception may interrupt. When a method of C begins, none does.
+        # A signal's exception may strike where a Python function begins, and not where a method begins that is written
+        # in C. So execute() and release() are called here directly: no signal can keep them from being done.
         except BaseException as error:
             try:
                 if state.pid == _process.pid and conn.in_transaction:  # in a forked child, it is the parent's
                     conn.execute("ROLLBACK")
-            except sqlite3.Error as second:
+            except sqlite3.Error as second:  # for one, if the block is in a generator that another thread has closed
                 error.add_note(f"ROLLBACK failed, too: {second}")
                 conn.close()
             raise
         finally:
             try:
-                if conn.connections is thread.connections:  # else a generator is closed by another thread
+                if conn.connections is thread.connections:  # else it is that other thread, and the turn isn't its own
                     state.turn.release()
             except RuntimeError:
-                pass  # this thread did not get the turn, or has given it back in closing the connection
+                pass  # this thread did not get the turn, or conn.close() has given it back
         if warning:
-            _log.warning(warning)  # now that others may write: a handler may be slow, or write here
+            _log.warning(warning)  # after the turn was given back: a handler may be slow, or write to this database
 
     def close(self) -> None:
         """Close the calling thread's connection, and refuse any later use. Any thread may call it, and more than once.
 
-        Another thread in the middle of a transaction finishes it. Its connection is closed when the thread ends, next
-        opens a connection, or asks this `DB` for one. Don't call it from a signal handler or an SQL function: to close
-        a connection in the middle of its statement crashes Python.
+        Another thread that is in the middle of a transaction finishes the transaction. Another thread's connection is
+        closed when that thread ends, when it next opens a connection, or when it next asks this `DB` for one. Don't
+        call this from a signal handler or an SQL function: to close a connection in the middle of its statement crashes
+        Python.
         """
         self._state.is_open = False
         if self._state.pid == _process.pid:
-            if conn := thread.connections.get(self._state):
-                conn.close()
+            self._close_this_threads()
             self._state.file.close()
-        self._finalizer.detach()  # last: what a signal's exception keeps the above from doing, it does
+        self._finalizer.detach()  # last: if a signal's exception interrupts this, the finalizer does the rest
 
     def __enter__(self) -> Self:
         return self
@@ -177,12 +177,12 @@ class DB:
         try:
             conn.execute("BEGIN IMMEDIATE")
         except sqlite3.DatabaseError:
-            self._state.refuse_lost_wal()  # in better words, if that is the reason: SQLite's may be "malformed"
+            self._state.refuse_lost_wal()  # SQLite's own words for a lost WAL may be "malformed"
             raise
         self._state.refuse_replaced()
 
     def _connection(self) -> Connection:
-        """The calling thread's, opened if it has none."""
+        """The calling thread's connection, opened if the thread has none."""
         self._refuse_use()
         conn = thread.connections.get(self._state)
         if conn is None or not conn.is_usable:
@@ -190,7 +190,7 @@ class DB:
         return conn
 
     def _refuse_use(self) -> None:
-        """Raise `sqlite3.ProgrammingError` in a forked child, and if this is closed."""
+        """Raise an error in a forked child, and if the `DB` was closed or has lost its WAL."""
         self._refuse_fork()
         if not self._state.is_open:
             close_unused()
@@ -207,7 +207,7 @@ class DB:
 
     def _connect(self, open_connection: Callable[[State], Connection]) -> Connection:
         """Open the calling thread's connection."""
-        self._close_unusable()
+        self._close_this_threads()
         close_unused()
         try:
             conn = open_connection(self._state)
@@ -216,21 +216,21 @@ class DB:
                 self._on_connect(conn)
                 if conn.in_transaction or conn.isolation_level is not None:
                     raise sqlite3.ProgrammingError("on_connect must leave the connection in autocommit mode")
-            self._refuse_use()  # if another thread has closed it meanwhile
+            self._refuse_use()  # another thread may have closed the DB meanwhile
             conn.is_usable = True
         except BaseException:
-            self._close_unusable()
+            self._close_this_threads()
             raise
         return conn
 
-    def _close_unusable(self) -> None:
-        """Close this thread's connection if its opening failed or was interrupted."""
+    def _close_this_threads(self) -> None:
+        """Close the thread's connection, if there is one: its opening failed, was interrupted, or it is unusable."""
         if conn := thread.connections.get(self._state):
             conn.close()
 
 
 def _drop(state: State) -> None:
-    """What becomes of a `DB` that is not closed: said as files say it."""
+    """The finalizer of a `DB` that was not closed. It warns, as that of a file does."""
     if state.pid != _process.pid:
         return
     is_unclosed, state.is_open = state.is_open, False

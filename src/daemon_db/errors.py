@@ -5,10 +5,10 @@ from collections.abc import Iterable
 
 
 class OpenError(sqlite3.OperationalError):
-    """The file cannot be opened: `str(error)` says which and why, in a person's words.
+    """The file cannot be opened: `str(error)` says which file, and the reason, in a person's words.
 
-    `path` is the file, `reason` the why. Where SQLite said no, `__cause__` is its error, and `sqlite_errorcode` and
-    `sqlite_errorname` are that error's (https://sqlite.org/rescode.html).
+    `path` is the file, and `reason` the reason. Where SQLite said no, `__cause__` is SQLite's error, and
+    `sqlite_errorcode` and `sqlite_errorname` are those of that error (https://sqlite.org/rescode.html).
     """
 
     def __init__(self, path: str, reason: str) -> None:
@@ -35,8 +35,8 @@ class SchemaError(sqlite3.DatabaseError):
         return "\n".join((f"the schema of {self.path} does not fit:", *self.problems))
 
 
-# What is left in the old file's WAL would be written over another file. And whoever removes a WAL that another program
-# has begun meanwhile takes that program's commits.
+# What is left in the old file's WAL would be written over the new file. And if another program has begun a new WAL
+# meanwhile, to remove that one destroys the program's commits: so every program is stopped first.
 _BEGIN_ANEW = "stop every program that has it open, remove what is left of its -wal and -shm, and start again"
 REPLACED = f"removed or replaced since this DB was opened: put the file back; or {_BEGIN_ANEW}"
 STILL_OPEN = f"removed or replaced while this process has it open: put the file back; or {_BEGIN_ANEW}"
@@ -47,13 +47,13 @@ WAL_REMOVED = (
 )
 HOT_JOURNAL = "a killed process left a rollback journal, to be played back first: open it once without read_only"
 NO_INDEX = (
-    "no process has it open, so that SQLite needs to make a -shm beside it, and this user can't: "
-    "look at it as a user who can write there, or at a copy of the file and its -wal"
+    "no process has it open, so SQLite needs to make a -shm beside it, and this user can't: "
+    "look at it as a user who can write there, or look at a copy of the file and its -wal"
 )
 
 
 def open_error(path: str, reason: str, cause: Exception) -> OpenError:
-    """With SQLite's code, where `cause` has one: Python's own errors have none."""
+    """An `OpenError` with the code of SQLite's error `cause`. Python's own errors have no code."""
     error = OpenError(path, reason)
     if isinstance(cause, sqlite3.Error) and primary_code(cause):
         error.sqlite_errorcode, error.sqlite_errorname = cause.sqlite_errorcode, cause.sqlite_errorname
@@ -62,9 +62,9 @@ def open_error(path: str, reason: str, cause: Exception) -> OpenError:
 
 def in_words(error: Exception, timeout: float = 5.0) -> str:
     """What `error` means for a file, and what to do."""
-    # A UnicodeDecodeError comes of SQLite's message, which quotes SQL that is in the file.
+    # SQLite's message may quote bytes of the file that are no text: then Python raises a UnicodeDecodeError.
     if isinstance(error, UnicodeDecodeError) or primary_code(error) == sqlite3.SQLITE_CORRUPT:
-        # A WAL belongs to one file: what is left of the old one's would be written over the backup.
+        # A WAL belongs to one file: what is left in the damaged file's WAL would be written over the backup.
         return (
             f"damaged ({error}): stop every program that has it open, remove its -wal and -shm, then restore a backup; "
             "or see https://sqlite.org/recovery.html"
@@ -82,7 +82,7 @@ def primary_code(error: Exception) -> int:
 
 
 def is_busy(error: Exception) -> bool:
-    """Whether another connection's lock is what SQLite met (https://sqlite.org/rescode.html#busy)."""
+    """Whether another connection's lock was in SQLite's way (https://sqlite.org/rescode.html#busy)."""
     return primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
