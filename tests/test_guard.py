@@ -446,7 +446,7 @@ def test_what_was_removed_by_hand_is_found_out(
     removed: list[str], lock: str, who: str, what: str, tmp_path: Path
 ) -> None:
     """Also where another process makes it anew at once."""
-    for number in range(rounds(1, 100)):
+    for number in range(rounds(1, 10)):
         assert LOST in run(REMOVE_BY_HAND, tmp_path / f"{number}.db", lock, who, what, *removed)
 
 
