@@ -5,6 +5,7 @@ and another process with a `DB`, which writes and closes. `DAEMON_DB_LONG=1` in 
 longer (see `support`).
 """
 
+import fcntl
 import importlib.util
 import logging
 import os
@@ -269,20 +270,49 @@ def test_threads_that_open_and_close_and_end_never_lose_it(tmp_path: Path) -> No
     assert list(files_in(tmp_path)) == ["daemon.db"]
 
 
+LOOK = "SELECT count(*) FROM runs"
+WRITE_AND_STAY = """
+import sys
+from daemon_db import DB
+from support import insert_run
+
+with DB.open(sys.argv[1]) as db:
+    insert_run(db.conn, "other")
+    print("open", flush=True)
+    sys.stdin.readline()
+"""
+HOLD_EXCLUSIVE = """
+import fcntl, sys
+
+with open(sys.argv[1], "r+b") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)  # as SQLite does to checkpoint at its last close
+    print("open", flush=True)
+    sys.stdin.readline()
+"""
+
+
 @has_lock
 @pytest.mark.parametrize("which", ["the first", "another"])
-def test_a_wal_that_is_lost_between_the_first_read_and_the_lock_is_opened_again(
-    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("then", ["nothing", WRITE_AND_STAY, HOLD_EXCLUSIVE], ids=["nothing", "made anew", "locked"])
+def test_what_is_lost_between_the_first_read_and_the_lock_is_opened_again(
+    which: str, then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read_and_lose(conn: sqlite3.Connection) -> None:
+        if len(reads) == 1 and then == HOLD_EXCLUSIVE:
+            assert end(others.pop()) == ("", "")
         read_first(conn)
-        if not lost:
-            lost.append(True)
+        reads.append(Path(f"{path}-wal").stat().st_ino)
+        if len(reads) == 1:
             open(path, "rb").close()
-            subprocess.run(["sqlite3", path, "SELECT * FROM runs"], check=True, capture_output=True)
-            assert not Path(f"{path}-wal").exists()
+            if then != HOLD_EXCLUSIVE:
+                subprocess.run(["sqlite3", path, LOOK], check=True, capture_output=True)
+                assert not Path(f"{path}-wal").exists()
+            if then != "nothing":
+                others.append(start(then, path))
+                assert others[0].stdout.readline() == "open\n"
 
-    lost: list[bool] = []
+    reads: list[int] = []
+    others: list[subprocess.Popen[str]] = []
     path = tmp_path / "daemon.db"
     make_wal(path)
     read_first = _opening.read_first
@@ -295,11 +325,58 @@ def test_a_wal_that_is_lost_between_the_first_read_and_the_lock_is_opened_again(
     with db:
         with db.transaction() as conn:
             insert_run(conn, "run-2")
-        assert lost == [True]
+        assert len(reads) == 2
         assert _guard.guard_of(db._state.file).is_locked()
-    check_whole(path, ["run-1", "run-2"])
+    for other in others:
+        assert end(other) == ("", "")
+    check_whole(path, ["run-1", "run-2", *(["other"] if then == WRITE_AND_STAY else [])])
     assert list(files_in(tmp_path)) == ["daemon.db"]
     assert open_files() == before
+
+
+@has_lock
+def test_between_the_lock_and_sqlites_own_there_is_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite's has been dropped, and is taken again before the other one is given back."""
+
+    def give_back(descriptor: int, kind: int, area: tuple[int, int]) -> None:
+        set_lock(descriptor, kind, area)
+        if kind == fcntl.F_UNLCK and area == _guard._SHARED:
+            process = start(HOLD_EXCLUSIVE, path)
+            attempts.append("BlockingIOError" in end(process)[1])
+
+    attempts: list[bool] = []
+    path = tmp_path / "daemon.db"
+    set_lock = _guard._set
+    with DB.open(path) as db:
+        insert_run(db.conn)
+        open(path, "rb").close()
+        monkeypatch.setattr(_guard, "_set", give_back)
+    assert attempts == [True]
+
+
+def test_where_begin_fails_the_reason_is_the_lost_wal(tmp_path: Path) -> None:
+    path = tmp_path / "daemon.db"
+    with DB.open(path, timeout=0) as db, DB.open(path) as other:
+        with pytest.raises(OpenError, match=LOST), other.transaction():
+            os.remove(f"{path}-wal")
+            with pytest.raises(OpenError, match=LOST), db.transaction():  # for SQLite it is locked
+                pass
+
+
+def test_a_wal_that_is_removed_while_a_later_connection_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_and_remove(conn: sqlite3.Connection) -> None:
+        read_first(conn)
+        os.remove(f"{path}-wal")
+
+    path = tmp_path / "daemon.db"
+    read_first = _opening.read_first
+    with DB.open(path) as db:
+        insert_run(db.conn)
+        monkeypatch.setattr(_opening, "read_first", read_and_remove)
+        with pytest.raises(OpenError, match=LOST):
+            in_thread(lambda: db.conn)
 
 
 # Without the lock, as on a system that has none
@@ -323,13 +400,17 @@ from daemon_db import DB, OpenError, _guard, _opening
 from support import in_thread, insert_run, open_files
 
 def refused(use):
+    count = len(asked)
     try:
         use()
     except OpenError as error:
         assert "its -wal or -shm was removed or replaced" in str(error), error
     else:
         raise AssertionError("not refused")
+    assert len(asked) == count  # SQLite, which would read a new WAL by the old index
 
+asked = []
+sys.addaudithook(lambda event, _: asked.append(event) if event == "sqlite3.connect" else None)
 path, who = sys.argv[1:]
 _guard._SETLK = None
 before = open_files()
@@ -403,9 +484,9 @@ from support import insert_run
 conn = sqlite3.connect(sys.argv[1], isolation_level=None)
 try:
     insert_run(conn, "other") if sys.argv[2] == "writes" else conn.execute("SELECT * FROM runs").fetchall()
+    print(sys.argv[2], flush=True)
 except sqlite3.DatabaseError:
-    pass  # of a WAL and an index that don't belong together SQLite can't make much
-print("open", flush=True)
+    print("can't", flush=True)  # of a WAL and an index that don't belong together SQLite can't make much
 sys.stdin.readline()
 """
 REMOVE_BY_HAND = f"""
@@ -422,12 +503,12 @@ if lock == "off":
     _guard._SETLK = None
 db = DB.open(path)
 for number in range(3):
-    insert(f"run-{{number}}")
+    insert(f"in the WAL {{number}}")
 for suffix in removed:
     os.remove(path + suffix)
 if what != "nothing":
     other = start({OPEN_AT_ONCE!r}, path, what)
-    assert other.stdout.readline() == "open\\n"
+    print(other.stdout.readline(), end="")
 try:
     insert("late") if who == "transaction" else in_thread(lambda: db.conn)
 except OpenError as error:
@@ -445,9 +526,15 @@ db.close()
 def test_what_was_removed_by_hand_is_found_out(
     removed: list[str], lock: str, who: str, what: str, tmp_path: Path
 ) -> None:
-    """Also where another process makes it anew at once."""
+    """Also where another process makes it anew at once. What that one commits, the daemon's close doesn't overwrite."""
     for number in range(rounds(1, 10)):
-        assert LOST in run(REMOVE_BY_HAND, tmp_path / f"{number}.db", lock, who, what, *removed)
+        path = tmp_path / f"{number}.db"
+        make_wal(path)
+        said = run(REMOVE_BY_HAND, path, lock, who, what, *removed)
+        assert LOST in said
+        if removed == ["-wal", "-shm"]:
+            assert said.startswith(what) or what == "nothing"
+            check_whole(path, ["run-1", "other"] if what == "writes" else ["run-1"])
 
 
 @has_lock
@@ -519,6 +606,23 @@ def test_a_child_that_outlives_its_killed_parent_is_in_nobodys_way(how: str, tmp
             os.kill(child, 9)
 
 
+@has_lock
+def test_a_fork_leaves_alone_what_has_the_number_of_a_closed_descriptor(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from daemon_db import DB, _guard
+
+with DB.open(sys.argv[1]) as db, open(sys.executable, "rb") as other:
+    locks = _guard.guard_of(db._state.file)._locks
+    locks[other.fileno()] = next(iter(locks.values()), None)  # as if SQLite had closed it, and had the number before
+    child = os.fork()
+    if child == 0:
+        os._exit(len(other.read(1)) != 1)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    run(code, tmp_path / "daemon.db")
+
+
 # What it costs, and what it leaves alone
 
 
@@ -554,6 +658,21 @@ def test_where_something_else_has_the_lowest_descriptors_all_are_looked_at(
         monkeypatch.setattr(_guard, "next_descriptors", fewer)
         with DB.open(tmp_path / "daemon.db") as db:
             assert _guard.guard_of(db._state.file).is_locked()
+
+
+@has_lock
+def test_the_lock_is_not_on_a_descriptor_that_somebody_else_may_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "daemon.db"
+    make_wal(path)
+    with open(path, "rb") as somebodys:
+        monkeypatch.setattr(_guard, "next_descriptors", lambda: [somebodys.fileno()])
+        db = DB.open(path)
+    with db:
+        insert_run(db.conn, "run-2")
+        subprocess.run(["sqlite3", path, LOOK], check=True, capture_output=True)
+        assert Path(f"{path}-wal").exists()
 
 
 @has_lock

@@ -523,10 +523,27 @@ def junk_of_both(path: Path) -> None:
     Path(f"{path}-shm").write_bytes(b"junk" * 10_000)
 
 
+def an_empty_wal(path: Path) -> None:
+    """What is left of a process that was killed before it wrote."""
+    Path(f"{path}-wal").touch()
+    Path(f"{path}-shm").write_bytes(bytes(32768))
+
+
 class TestWhatIsLeftOfAnotherFile:
     """A WAL without its file: SQLite starts anew where it may create the file, and won't say why where it may not."""
 
-    @pytest.mark.parametrize("make", [beside_nothing, beside_an_empty_file, junk, junk_of_both])
+    def test_an_empty_wal_is_none(self, tmp_path: Path) -> None:
+        """Whatever mode the file is in."""
+        for make in (make_rollback, make_wal):
+            make(tmp_path / "db")
+            an_empty_wal(tmp_path / "db")
+            with DB.open(tmp_path / "db", read_only=True, timeout=0) as db:
+                assert count_in_a_thread(db) == 1
+            an_empty_wal(tmp_path / "db")
+            works(tmp_path / "db")
+            (tmp_path / "db").unlink()
+
+    @pytest.mark.parametrize("make", [beside_nothing, beside_an_empty_file, junk, junk_of_both, an_empty_wal])
     @pytest.mark.parametrize("link", [None, "link", "links/link"])
     def test_is_no_obstacle(self, make: Callable[[Path], None], link: str | None, tmp_path: Path) -> None:
         path = tmp_path / "db"

@@ -323,6 +323,7 @@ def test_a_thread_that_ends_inside_a_generators_transaction_gives_its_turn_back(
         insert_run(conn, "run-1")
         generator.close()  # type: ignore[attr-defined]
         assert conn.in_transaction
+        assert not in_thread(lambda: db._state.turn.acquire(blocking=False))
         with pytest.raises(sqlite3.OperationalError, match="database is locked"):
             in_thread(lambda: db.transaction().__enter__())
     assert runs(db) == ["next-1", "next-2", "run-1"]

@@ -31,23 +31,22 @@ class State:
         self.turn = threading.RLock()  # an RLock knows its owner: a thread that doesn't have the turn can't release it
         self.guard: Guard | None = None  # a database in memory or in rollback-journal mode has none
 
-    def refuse_replaced(self) -> None:
-        """Raise `OpenError` if the file or its WAL was removed or replaced. To be called before anything is written.
-
-        Only the -shm is looked at, and by `refuse_unseen_commit` only the -wal: each look takes 1 to 2 microseconds.
+    def refuse_before_write(self) -> None:
+        """Raise `OpenError` if the file or its -shm was removed or replaced. `refuse_unseen_commit` asks for the -wal:
+        each question takes 1 to 2 microseconds.
         """
         self.file.refuse_replaced()
         if self.guard and not self.guard.has_index(self.file):
-            self.refuse_lost_wal()
+            self.end_if_wal_is_lost()
 
     def refuse_unseen_commit(self) -> None:
-        """Raise `OpenError` if nobody else sees what was committed: the file or its WAL was removed or replaced."""
+        """Raise `OpenError` if nobody else sees what was committed: the file or its -wal was removed or replaced."""
         self.file.refuse_replaced()
         if self.guard and not self.guard.has_wal(self.file):
-            self.refuse_lost_wal()
+            self.end_if_wal_is_lost()
 
-    def refuse_lost_wal(self) -> None:
-        """Raise `OpenError` if the WAL was removed or replaced. The `DB` has then come to its end, for all threads."""
+    def end_if_wal_is_lost(self) -> None:
+        """Raise `OpenError` if the WAL was removed or replaced. The `DB` then ends, for all threads."""
         if self.guard and self.guard.is_lost(self.file):
             self.is_open, self.has_lost_wal = False, True
             raise OpenError(self.file.path, WAL_REMOVED)
@@ -72,12 +71,12 @@ class Connection(sqlite3.Connection):
         except BaseException:
             del _process.open_files[self]
             raise
-        self.connections[state] = self  # in here: a signal's exception may keep the caller from getting the connection
+        self.connections[state] = self  # not by the caller, which a signal's exception may keep from getting this
         # A circle on purpose: SQLite refers to the function, and the function to the connection. So nothing but close()
         # frees the connection. In a forked child, to free the parent's would destroy the parent's transaction.
         self.create_function("daemon_db_connection", 0, functools.partial(repr, self))
 
-    def keep_wal(self, likely: list[int]) -> bool:
+    def join_guard(self, likely: list[int]) -> bool:
         """Keep the WAL there that the first read has opened. Return False if the WAL has been lost since that read."""
         self.state.guard = guard_of(self.state.file)
         return self.state.guard.join(self, self.state.file, likely)
@@ -112,31 +111,33 @@ class Connection(sqlite3.Connection):
         """Let SQLite close. At the last connection to the file, SQLite checkpoints the WAL and removes it.
 
         Where the WAL was lost, that checkpoint would overwrite what others have committed since. Return False if the
-        connection stays open, where nothing else keeps SQLite from this checkpoint.
+        connection was left open, because nothing else prevents the checkpoint.
         """
         guard, file = self.state.guard, self.state.file
         if guard is None:
             super().close()
             return True
         with guard.mutex:
-            if guard.has(self) and guard.may_checkpoint(file):
+            if not guard.has(self):
+                pass  # a connection that has not joined has written nothing
+            elif guard.may_checkpoint(file):
                 guard.leave(self)
-            else:
-                # A connection that has not joined has written nothing, and may be closed in any case.
-                if not guard.is_locked() and not self._forbid_checkpoint() and guard.has(self):
-                    return False
+            elif guard.is_locked() or self._can_forbid_checkpoint():
                 guard.leave_locked(self)
+            else:
+                return False
             super().close()
         return True
 
-    def _forbid_checkpoint(self) -> bool:
+    def _can_forbid_checkpoint(self) -> bool:
+        """Forbid SQLite to checkpoint at its close, if this Python can."""
         if sys.version_info < (3, 12):
             return False
         self.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)
         return True
 
 
-class _End:
+class _ClosesAtThreadEnd:
     """An object that is freed when its thread ends, and then closes the thread's connections.
 
     Nothing else refers to this object. To the connections something may: a traceback that the caller keeps, for one.
@@ -155,7 +156,7 @@ class _End:
 class _ThreadLocal(threading.local):
     def __init__(self) -> None:
         self.connections: dict[State, Connection] = {}
-        self._end = _End(self.connections)
+        self._end = _ClosesAtThreadEnd(self.connections)
 
 
 thread = _ThreadLocal()

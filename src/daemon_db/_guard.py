@@ -18,6 +18,7 @@ import os
 import resource
 import select
 import struct
+import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,8 @@ from ._place import File, FileId
 
 _log = logging.getLogger("daemon_db")
 
-_SETLK: int | None = getattr(fcntl, "F_OFD_SETLK", None)
+# macOS has such locks, too, with another structure.
+_SETLK: int | None = getattr(fcntl, "F_OFD_SETLK", None) if sys.platform == "linux" else None
 
 Bytes = tuple[int, int]  # the first one, and how many
 _SHARED = (0x40000002, 510)  # of the file: SQLite's SHARED lock (SHARED_FIRST and SHARED_SIZE in os_unix.c)
@@ -38,10 +40,7 @@ class Guard:
 
     def __init__(self) -> None:
         self.mutex = threading.RLock()
-        """For joining, and for leaving together with SQLite's close.
-
-        The same thread may take the mutex twice: the garbage collector closes connections at any moment.
-        """
+        """For joining, and for leaving together with SQLite's close."""
         self._connections: set[object] = set()
         self._wal_id: FileId | None = None
         self._index_id: FileId | None = None
@@ -59,7 +58,7 @@ class Guard:
                 self._wal_id, self._index_id = file.wal_id(), file.index_id()
                 if not self._lock(file, likely):
                     return False
-            if not (self.has_wal(file) and self.has_index(file)):
+            if not self._is_whole(file):
                 return False
             self._connections.add(conn)
             return True
@@ -69,7 +68,7 @@ class Guard:
         return conn in self._connections
 
     def leave(self, conn: object) -> None:
-        """For a connection that will now be closed. The lock would be in the way of the last one, and is given back."""
+        """For a connection that will now be closed. The last one gives the lock back: it would block SQLite's close."""
         self._connections.discard(conn)
         if not self._connections:
             self._unlock()
@@ -93,7 +92,8 @@ class Guard:
     def is_lost(self, file: File) -> bool:
         """Whether the connections' -wal or -shm was removed or replaced: what they commit, nobody else sees."""
         with self.mutex:  # so that no last connection closes meanwhile, and rightly removes both
-            is_whole = self.has_wal(file) and self.has_index(file)
+            is_whole = self._is_whole(file)
+            # If the file itself isn't there, what is beside it tells nothing.
             return bool(self._connections) and not is_whole and file.is_there()
 
     def may_checkpoint(self, file: File) -> bool:
@@ -102,7 +102,11 @@ class Guard:
         While the lock is held, nobody's close removes the WAL: if the WAL is gone, somebody has removed it by hand. As
         long as nobody has committed to another WAL, a checkpoint then saves what is in the removed one.
         """
-        return not self.is_lost(file) or self.is_locked() and not file.wal_size()
+        is_removed_by_hand = self.is_locked() and not file.wal_size()
+        return is_removed_by_hand or not self.is_lost(file)
+
+    def _is_whole(self, file: File) -> bool:
+        return self.has_wal(file) and self.has_index(file)
 
     def _lock(self, file: File, likely: Iterable[int]) -> bool:
         """Take the lock, if this system has such locks. Return False if SQLite's own lock has been dropped already.
@@ -122,8 +126,9 @@ class Guard:
                     _set(descriptor, fcntl.F_RDLCK, wanted[file_id])
             if file.id not in found.values():
                 raise OSError("SQLite's descriptor was not found")
-        except BlockingIOError:
-            return False  # another process checkpoints: it takes itself for the last one that has the file open
+        except BlockingIOError:  # another process checkpoints: it takes itself for the last one that has the file open
+            self._release()
+            return False
         except OSError as error:
             self._release()
             _log.info(
@@ -167,7 +172,7 @@ class Guard:
 
 
 _guards: dict[FileId, weakref.ref[Guard]] = {}
-_mutex = threading.Lock()
+_mutex = threading.RLock()
 
 
 def guard_of(file: File) -> Guard:
@@ -198,11 +203,12 @@ def _get(file_id: FileId | None) -> Guard | None:
 
 def _after_fork_in_child() -> None:
     global _mutex
-    for file_id in _guards:
-        if guard := _get(file_id):
-            guard.let_go_in_child()
+    guards = [_get(file_id) for file_id in _guards]
     _guards.clear()
-    _mutex = threading.Lock()  # another thread may have had it at the fork
+    _mutex = threading.RLock()  # another thread may have had it at the fork
+    for guard in guards:
+        if guard is not None:
+            guard.let_go_in_child()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -234,11 +240,11 @@ def _all_descriptors() -> Iterable[int]:
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise
-        return range(resource.getrlimit(resource.RLIMIT_NOFILE)[0])  # all of them are in use, so the limit is low
+        return range(resource.getrlimit(resource.RLIMIT_NOFILE)[0])  # every descriptor is in use: the range is short
 
 
 def _find_sqlites(descriptor: int) -> FileId | None:
-    """Which file is open there, if SQLite has opened it: it does so by O_NOFOLLOW, and `open()` and the like don't."""
+    """Which file is open there, if it is SQLite that has opened it: by O_NOFOLLOW, unlike `open()` and the like."""
     try:
         is_sqlites = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_NOFOLLOW
     except OSError:

@@ -26,7 +26,7 @@ class WalLost(OpenError):
 
 
 def until_it_keeps_its_wal(open_once: Callable[[State], Connection], state: State) -> Connection:
-    """Something in this process may drop SQLite's lock in the moment before there is another lock: then open again."""
+    """Open again if something in this process has dropped SQLite's lock before the guard's lock was taken."""
     deadline = time.monotonic() + state.timeout
     while True:
         try:
@@ -74,7 +74,7 @@ def open_another_once(state: State) -> Connection:
         raise sqlite3.NotSupportedError(
             f"SQLite {sqlite3.sqlite_version} has a {file.path} database for one thread only; 3.36 shares it"
         )
-    state.refuse_lost_wal()
+    state.end_if_wal_is_lost()
     likely = _guard.next_descriptors()
     try:
         with said_in_words(state):
@@ -112,7 +112,7 @@ def read_first(conn: sqlite3.Connection) -> None:
 
 def is_in_wal_mode(conn: sqlite3.Connection, file: File) -> bool:
     """Whether the first read has opened a WAL."""
-    if file.wal_id():  # the quicker question
+    if file.wal_size():  # the quicker question; an empty -wal SQLite takes for none, if the file isn't in WAL mode
         return True
     return bool(conn.execute("PRAGMA journal_mode").fetchone() == ("wal",))
 
@@ -120,9 +120,9 @@ def is_in_wal_mode(conn: sqlite3.Connection, file: File) -> bool:
 def keep_wal(conn: Connection, likely: list[int]) -> None:
     """Keep the WAL there that the first read has opened. Raise `WalLost` if it isn't there any more."""
     state = conn.state
-    if not conn.keep_wal(likely):
+    if not conn.join_guard(likely):
         state.file.refuse_replaced()
-        state.refuse_lost_wal()
+        state.end_if_wal_is_lost()
         conn.close()
         raise WalLost(state.file.path, WAL_REMOVED)
 

@@ -35,7 +35,7 @@ class File:
     # Before SQLite is asked
 
     def examine(self) -> None:
-        """Find the file: set `real_path` and `id`. Raise `OpenError` if SQLite would not refuse it, and should.
+        """Find the file: set `real_path` and `id`. Raise `OpenError` for what SQLite would wrongly accept.
 
         SQLite would wait for ever for a pipe, take a file of one byte for an empty one, create the file in another
         directory, or open a file that it can't write. All else SQLite refuses by itself, and `reason` says why.

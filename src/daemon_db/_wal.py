@@ -32,13 +32,13 @@ def turn_on(conn: sqlite3.Connection, file: File, timeout: float) -> None:
 def left_as_it_is(file: File) -> Iterator[None]:
     """While a connection closes in here, leave the WAL as it is: a killed process may have left rows in it.
 
-    When the last connection to a file closes, SQLite checkpoints the WAL. So a second connection, a read-only one, is
-    opened for that time, and is then the last. If the second one can't be opened, the first one could not use the WAL.
+    When the last connection to a file closes, SQLite checkpoints the WAL. So another connection is opened before, and
+    closed after. It is read-only, and can't checkpoint. If it can't be opened, this WAL can't be used by anybody.
     """
     with contextlib.ExitStack() as stack:
         if file.wal_size() and file.is_there():  # to read another file would harm this process: see `open_another`
             with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
-                reader = stack.enter_context(contextlib.closing(sqlite3.connect(file.uri("ro"), uri=True)))
+                reader = stack.enter_context(contextlib.closing(sqlite3.connect(file.uri("ro"), uri=True, timeout=0)))
                 reader.execute("SELECT 1 FROM sqlite_master").fetchone()
         yield
 
@@ -89,7 +89,7 @@ class Checkpoints:
             if not is_due:
                 return None
             if _empty(conn):
-                self._limit = LIMIT  # not at the next look: one commit alone may be larger than the limit
+                self._limit = LIMIT  # now, not at the next look: one commit alone may be larger than the limit
                 return None
             reason = "a reader is in the way: a SELECT half read, or a transaction left open, here or elsewhere"
         except sqlite3.Error as error:  # the commit is made all the same

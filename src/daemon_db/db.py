@@ -20,7 +20,7 @@ _LONGEST_TIMEOUT = 2_147_483  # SQLite counts milliseconds in 32 bits: more woul
 
 
 class DB:
-    """An open database, as `DB.open` returns it. Threads share it; the connections that it hands out they don't.
+    """An open database, as `DB.open` returns it. Threads share the `DB`, and each has a connection of its own.
 
     `path` is the file, absolute, or ":memory:". Leaving a `with` block closes it.
     """
@@ -45,8 +45,8 @@ class DB:
         `timeout` is how many seconds each wait for a lock may last: this call's, a statement's, a transaction's.
         `on_connect(conn)` is called with each new connection, last, in the thread that gets it: for `row_factory`,
         `PRAGMA synchronous` and the like; not for using this `DB`. What it raises goes on to the caller, and the
-        connection is closed; so does `sqlite3.ProgrammingError` if it leaves autocommit mode. If an SQL function or a
-        row factory refers to `conn`, the connection stays open after `close()`, until its thread ends.
+        connection is closed. If it leaves autocommit mode, `sqlite3.ProgrammingError` is raised. If an SQL function or
+        a row factory refers to `conn`, another thread's `close()` doesn't close the connection before its thread ends.
         `read_only=True` writes nothing to the database, and needs no permission to write the file. The file's schema
         must be complete. This is for looking at a daemon's database, or at what a dead daemon left.
 
@@ -108,7 +108,7 @@ class DB:
         committed there. If it is the WAL, this `DB` has come to its end, for all threads.
 
         If a signal's exception strikes in the very instructions that begin or end the block, the rollback may wait
-        until the exception's traceback is gone, as it is when an `except` clause has ended.
+        until the exception's traceback is gone. Usually that is the end of the `except` clause.
 
         After a commit, where the WAL has more than 16 MB, it is checkpointed, which may wait 0.2 seconds for readers.
         Where they don't end, the logger "daemon_db" warns (https://sqlite.org/wal.html#ckpt).
@@ -128,19 +128,19 @@ class DB:
             conn.execute("COMMIT")
             state.refuse_unseen_commit()
             warning = self._checkpoints.after_commit(conn)
-        # A signal's exception may strike where a Python function begins, and not where a method begins that is written
-        # in C. So execute() and release() are called here directly: no signal can keep them from being done.
+        # Python runs signal handlers where a Python function begins, and not where a method begins that is C code. So
+        # execute() and release() are called here directly: no signal's exception can keep them from being done.
         except BaseException as error:
             try:
                 if state.pid == _process.pid and conn.in_transaction:  # in a forked child, it is the parent's
                     conn.execute("ROLLBACK")
-            except sqlite3.Error as second:  # for one, if the block is in a generator that another thread has closed
+            except sqlite3.Error as second:  # for instance, another thread has closed this generator
                 error.add_note(f"ROLLBACK failed, too: {second}")
                 conn.close()
             raise
         finally:
             try:
-                if conn.connections is thread.connections:  # else it is that other thread, and the turn isn't its own
+                if conn.connections is thread.connections:  # else another thread has closed this generator
                     state.turn.release()
             except RuntimeError:
                 pass  # this thread did not get the turn, or conn.close() has given it back
@@ -177,9 +177,9 @@ class DB:
         try:
             conn.execute("BEGIN IMMEDIATE")
         except sqlite3.DatabaseError:
-            self._state.refuse_lost_wal()  # SQLite's own words for a lost WAL may be "malformed"
+            self._state.end_if_wal_is_lost()  # SQLite's own words for a lost WAL may be "malformed"
             raise
-        self._state.refuse_replaced()
+        self._state.refuse_before_write()
 
     def _connection(self) -> Connection:
         """The calling thread's connection, opened if the thread has none."""
@@ -230,11 +230,13 @@ class DB:
 
 
 def _drop(state: State) -> None:
-    """The finalizer of a `DB` that was not closed. It warns, as that of a file does."""
+    """The finalizer of a `DB` that was not closed. It warns, as that of a file does.
+
+    The garbage collector may call it at any moment. So the connections are left to their threads.
+    """
     if state.pid != _process.pid:
         return
     is_unclosed, state.is_open = state.is_open, False
-    close_unused()
     state.file.close()
     if is_unclosed:
         warnings.warn(f"unclosed database {state.file.path!r}", ResourceWarning, stacklevel=2)

@@ -43,7 +43,7 @@ STILL_OPEN = f"removed or replaced while this process has it open: put the file 
 WAL_REMOVED = (
     "its -wal or -shm was removed or replaced while it was open. Stop every program that has it open; copy the file, "
     "its -wal and its -shm away; start again, and remove nothing. If nobody removed them by hand, something in one of "
-    "these programs has opened the file without SQLite, or by a second SQLite, and closed it"
+    "these programs has opened the file without SQLite or by another SQLite library, and closed it"
 )
 HOT_JOURNAL = "a killed process left a rollback journal, to be played back first: open it once without read_only"
 NO_INDEX = (
