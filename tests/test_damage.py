@@ -289,8 +289,8 @@ def test_a_damaged_catalogue(rollback: bytes, tmp_path: Path, name: str, column:
 
 
 ADVICE = (
-    "stop every program that has it open, remove its -wal and -shm, then restore a backup; "
-    "or see https://sqlite.org/recovery.html"
+    "stop every program that has it open, copy the file, its -wal and its -shm away, remove its -wal and -shm, then "
+    "restore a backup; or see https://sqlite.org/recovery.html"
 )
 
 

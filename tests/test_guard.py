@@ -12,12 +12,14 @@ import os
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, OpenError, _guard, _opening
+from daemon_db import DB, OpenError, _guard, _opening, _process
+from daemon_db._connection import thread
 from support import (
     end,
     files_in,
@@ -84,7 +86,8 @@ try:
     import apsw
 except ImportError:
     pass
-from daemon_db import DB, OpenError, _guard, _opening
+from daemon_db import DB, OpenError, _guard, _opening, _process
+from daemon_db._connection import thread
 from support import LIMIT, end, in_thread, insert_run, join, start
 
 warnings.simplefilter("ignore")  # of a file that open() leaves to the garbage collector
@@ -396,7 +399,8 @@ def test_without_the_lock_the_loss_is_found_out(way: str, last: str, tmp_path: P
 
 USE_A_LOST_ONE = """
 import os, shutil, sqlite3, subprocess, sys, threading
-from daemon_db import DB, OpenError, _guard, _opening
+from daemon_db import DB, OpenError, _guard, _opening, _process
+from daemon_db._connection import thread
 from support import in_thread, insert_run, open_files
 
 def refused(use):
@@ -491,7 +495,8 @@ sys.stdin.readline()
 """
 REMOVE_BY_HAND = f"""
 import os, sys
-from daemon_db import DB, OpenError, _guard, _opening
+from daemon_db import DB, OpenError, _guard, _opening, _process
+from daemon_db._connection import thread
 from support import end, in_thread, insert_run, start
 
 def insert(name):
@@ -556,7 +561,277 @@ def test_what_is_in_a_wal_that_was_removed_by_hand_is_saved_by_closing(removed: 
     assert list(files_in(tmp_path)) == ["daemon.db"]
 
 
+# What others commit meanwhile
+
+OTHER_WRITES = """
+import sqlite3, sys
+from support import insert_run
+
+conn = sqlite3.connect(sys.argv[1], isolation_level=None)
+for number in range(int(sys.argv[2])):
+    insert_run(conn, f"other-{number}")
+if "truncate" in sys.argv:
+    assert conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+print("done", flush=True)
+if "stay" in sys.argv:
+    sys.stdin.readline()
+conn.close()
+"""
+LOSE = f"""
+import os, sqlite3, subprocess, sys
+from daemon_db import DB, OpenError, _guard, _opening, _process
+from daemon_db._connection import thread
+from support import end, in_thread, insert_run, run, start
+
+def refused(use):
+    try:
+        use()
+    except OpenError as error:
+        assert "its -wal or -shm was removed or replaced" in str(error), error
+    else:
+        raise AssertionError("not refused")
+
+def write(*names):
+    with db.transaction() as conn:
+        for name in names:
+            insert_run(conn, name)
+
+def lose():
+    open(path).close()
+    subprocess.run(["sqlite3", path, "SELECT count(*) FROM runs"], check=True, capture_output=True)
+
+def remove(*suffixes):
+    for suffix in suffixes:
+        os.remove(path + suffix)
+
+def other(*what):
+    process = start({OTHER_WRITES!r}, path, 300, *what)
+    assert process.stdout.readline() == "done\\n", process.communicate()
+    return process
+
+path = sys.argv[1]
+db = DB.open(path, on_connect=lambda conn: conn.execute("PRAGMA synchronous=OFF"))
+write("before")
+"""
+ENDS = {
+    "removed by hand, and the other has emptied its WAL": """
+remove("-wal", "-shm")
+process = other("truncate", "stay")
+refused(lambda: write("late"))
+db.close()
+end(process)
+""",
+    "removed by hand, and the other has closed": """
+remove("-wal", "-shm")
+end(other())
+refused(lambda: write("late"))
+db.close()
+""",
+    "the -shm removed within a block": """
+def block():
+    with db.transaction() as conn:
+        insert_run(conn, "late")
+        remove("-shm")
+        processes.append(other("stay"))
+processes = []
+refused(block)
+end(processes[0])
+db.close()
+""",
+    "without the lock, within a block with an automatic checkpoint": """
+def block():
+    with db.transaction() as conn:
+        conn.execute("UPDATE runs SET config_json = hex(randomblob(4000000)) WHERE id = 'before'")
+        lose()
+        end(other())
+db.close()
+_guard._SETLK = None
+db = DB.open(path)
+refused(block)
+db.close()
+""",
+    "without the lock, and a statement by itself has written into the lost WAL": """
+db.close()
+_guard._SETLK = None
+db = DB.open(path)
+write("first")
+lose()
+end(other())
+insert_run(db.conn, "nobody sees this")
+refused(lambda: write("late"))
+db.close()
+""",
+    "without the lock, between the look and the first read of another thread": """
+def lose_and_read(conn):
+    _opening.read_first = read_first
+    lose()
+    processes.append(other("stay"))
+    read_first(conn)
+db.close()
+_guard._SETLK = None
+db = DB.open(path)
+write("first")
+processes, read_first, _opening.read_first = [], _opening.read_first, lose_and_read
+refused(lambda: in_thread(lambda: db.conn))
+end(processes[0])
+db.close()
+""",
+    "without the lock, between the look and the first read of another DB": """
+def lose_and_read(conn):
+    _opening.read_first = read_first
+    lose()
+    processes.append(other("stay"))
+    read_first(conn)
+db.close()
+_guard._SETLK = None
+db = DB.open(path)
+write("first")
+processes, read_first, _opening.read_first = [], _opening.read_first, lose_and_read
+refused(lambda: DB.open(path))
+end(processes[0])
+db.close()
+""",
+}
+
+
+@pytest.mark.parametrize("end", [pytest.param(code, marks=has_lock, id=name) for name, code in ENDS.items()])
+def test_a_daemon_that_has_lost_its_wal_overwrites_nothing(end: str, tmp_path: Path) -> None:
+    path = tmp_path / "daemon.db"
+    make_wal(path)
+    run(LOSE + end, path)
+    check_whole(path, ["run-1", *(f"other-{number}" for number in range(300))])
+
+
+def count(db: DB) -> tuple[int]:
+    found: tuple[int] = db.conn.execute(LOOK).fetchone()
+    return found
+
+
+@has_lock
+def test_a_daemon_that_only_reads_stays_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "daemon.db"
+    make_wal(path)
+    for read_only in (False, True):
+        with DB.open(path, read_only=read_only) as db:
+            for number in range(3):
+                open(path, "rb").close()
+                subprocess.run(["sqlite3", path, LOOK], check=True, capture_output=True)
+                name = f"{read_only}-{number}"
+                run(OTHER, path, 20, name)
+                expected = (1 + 20 * (number + 1) + 60 * read_only,)
+                assert count(db) == in_thread(lambda db=db: count(db)) == expected
+
+
+# Closing
+
+
+def test_a_close_that_is_interrupted_is_finished_by_the_next(tmp_path: Path) -> None:
+    """A signal's exception comes when SQLite has closed."""
+    path = tmp_path / "daemon.db"
+    before = open_files()
+    db = DB.open(path)
+    conn = thread.connections[db._state]
+    insert_run(conn)
+    assert db._state.guard
+    db._state.guard.leave(conn)
+    sqlite3.Connection.close(conn)
+    db.close()
+    with DB.open(path) as db:
+        insert_run(db.conn, "run-2")
+    assert open_files() == before
+    assert conn not in _process.open_files
+
+
+def test_a_connection_whose_generator_another_thread_has_closed_leaves_nothing_behind(tmp_path: Path) -> None:
+    def insert() -> Iterator[None]:
+        with db.transaction() as conn:
+            insert_run(conn)
+            yield
+
+    with DB.open(tmp_path / "daemon.db") as db:
+        insert_run(db.conn, "run-2")
+        generator = insert()
+        next(generator)
+        in_thread(generator.close)  # type: ignore[attr-defined]
+    assert list(files_in(tmp_path)) == ["daemon.db"]
+
+
 # Forks, and programs that are started
+
+
+FORKED_CHILD_WRITES = """
+import os, sqlite3, sys, warnings
+from daemon_db import DB
+from support import in_thread, insert_run
+
+warnings.simplefilter("ignore")
+path, rounds = sys.argv[1], int(sys.argv[2])
+db = DB.open(path, timeout=60, on_connect=lambda conn: conn.execute("PRAGMA synchronous=OFF"))
+in_thread(lambda: db.conn.execute("SELECT 1").fetchone())  # SQLite keeps its descriptor for the next connection
+child = os.fork()
+if child == 0:
+    conn = sqlite3.connect(path, isolation_level=None, timeout=60)
+    conn.execute("PRAGMA synchronous=OFF")
+for number in range(rounds):
+    if child:
+        with db.transaction() as conn:
+            insert_run(conn, f"parent-{number}")
+    else:
+        insert_run(conn, f"child-{number}")
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+db.close()
+"""
+
+
+def test_a_forked_child_that_writes_all_the_same_by_sqlite3_alone(tmp_path: Path) -> None:
+    """The README forbids it: SQLite's lock on the file isn't the child's. But writers still wait for each other."""
+    path = tmp_path / "daemon.db"
+    make_wal(path)
+    count = rounds(100, 3000)
+    run(FORKED_CHILD_WRITES, path, count)
+    check_whole(path, [f"{who}-{number}" for who in ("parent", "child") for number in range(count)])
+
+
+@has_lock
+def test_a_fork_takes_nothing_from_the_parent(tmp_path: Path) -> None:
+    """The child frees other threads' locals before any at-fork function runs, and a `DB` among them."""
+    code = """
+import os, sys, threading, warnings
+from daemon_db import DB, _guard
+from support import insert_run, wait_for
+
+def locks():
+    inode = os.stat(sys.argv[1]).st_ino
+    with open("/proc/locks") as lines:
+        return sorted(line.split()[1:4] for line in lines if f":{inode} " in line)
+
+def hold():
+    local.db = DB.open(sys.argv[1] + "-other")
+    db.close()  # the main thread's connection is open still
+    ready.set()
+    ended.wait()
+    local.db.close()
+
+warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
+local, ready, ended = threading.local(), threading.Event(), threading.Event()
+db = DB.open(sys.argv[1])
+insert_run(db.conn)
+thread = threading.Thread(target=hold)
+thread.start()
+wait_for(ready)
+before = locks()
+assert any(kind == "OFDLCK" for kind, *_ in before), before
+child = os.fork()
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert locks() == before
+ended.set()
+thread.join()
+"""
+    run(code, tmp_path / "daemon.db")
 
 
 PARENT = """

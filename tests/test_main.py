@@ -224,7 +224,8 @@ class TestErrors:
         content[(root - 1) * 4096] = 0xFF  # no kind of page
         path.write_bytes(content)
         cure = (
-            "stop every program that has it open, remove its -wal and -shm, then restore a backup; "
+            "stop every program that has it open, copy the file, its -wal and its -shm away, "
+            "remove its -wal and -shm, then restore a backup; "
             "or see https://sqlite.org/recovery.html"
         )
         fails(command(path), f"{path}: damaged (database disk image is malformed): {cure}")

@@ -261,8 +261,9 @@ class TestRefused:
             ),
             (
                 make_damaged,
-                "damaged (database disk image is malformed): stop every program that has it open, "
-                "remove its -wal and -shm, then restore a backup; or see https://sqlite.org/recovery.html",
+                "damaged (database disk image is malformed): stop every program that has it open, copy the file, its "
+                "-wal and its -shm away, remove its -wal and -shm, then restore a backup; or see "
+                "https://sqlite.org/recovery.html",
                 "SQLITE_CORRUPT",
             ),
         ],

@@ -32,10 +32,12 @@ class State:
         self.guard: Guard | None = None  # a database in memory or in rollback-journal mode has none
 
     def refuse_before_write(self) -> None:
-        """Raise `OpenError` if the file or its -shm was removed or replaced. `refuse_unseen_commit` asks for the -wal:
-        each question takes 1 to 2 microseconds.
-        """
+        """Raise `OpenError` if the file or its -shm was removed or replaced, before anything is written."""
         self.file.refuse_replaced()
+        self.refuse_lost_index()
+
+    def refuse_lost_index(self) -> None:
+        """Raise `OpenError` if the -shm was removed or replaced: another process may have begun another WAL."""
         if self.guard and not self.guard.has_index(self.file):
             self.end_if_wal_is_lost()
 
@@ -48,7 +50,8 @@ class State:
     def end_if_wal_is_lost(self) -> None:
         """Raise `OpenError` if the WAL was removed or replaced. The `DB` then ends, for all threads."""
         if self.guard and self.guard.is_lost(self.file):
-            self.is_open, self.has_lost_wal = False, True
+            self.has_lost_wal = True  # first: another thread that sees the DB closed asks why
+            self.is_open = False
             raise OpenError(self.file.path, WAL_REMOVED)
 
 
@@ -59,6 +62,8 @@ class Connection(sqlite3.Connection):
         self.state = state
         self.is_usable = False
         """False while the connection is being opened, and once its thread should close it and open another."""
+        self.was_opened = False
+        """False until all steps of opening are done. Before, closing leaves the file and its WAL as they were."""
         self.references = 0
         """How many references to the connection there are while no caller has it."""
         self.connections = thread.connections
@@ -87,7 +92,7 @@ class Connection(sqlite3.Connection):
         In another thread, leave that to the connection's own thread; in a forked child, to the parent. Closing in the
         middle of a statement (in an SQL function, for one) crashes Python.
         """
-        if self not in _process.open_files:
+        if self not in _process.open_files or self.state.pid != os.getpid():
             return  # closed already, or the parent's
         if self._thread != threading.get_ident():
             self.is_usable = False  # its own thread closes it when that thread next uses the DB, or ends
@@ -97,7 +102,7 @@ class Connection(sqlite3.Connection):
                 self.in_transaction
             ):  # SQLite keeps the write lock after its close, as long as a cursor has rows to fetch
                 self.execute("ROLLBACK")
-        leaves_wal = self.state.file.read_only or not self.is_usable  # a refused file's WAL is left as it was
+        leaves_wal = self.state.file.read_only or not self.was_opened
         with _wal.left_as_it_is(self.state.file) if leaves_wal else contextlib.nullcontext():
             is_closed = self._close()
         if is_closed:

@@ -100,9 +100,9 @@ class Guard:
         """Whether a checkpoint at the last close overwrites nothing that others have committed.
 
         While the lock is held, nobody's close removes the WAL: if the WAL is gone, somebody has removed it by hand. As
-        long as nobody has committed to another WAL, a checkpoint then saves what is in the removed one.
+        long as nobody has begun another WAL, a checkpoint then saves what is in the removed one.
         """
-        is_removed_by_hand = self.is_locked() and not file.wal_size()
+        is_removed_by_hand = self.is_locked() and file.wal_id() is None
         return is_removed_by_hand or not self.is_lost(file)
 
     def _is_whole(self, file: File) -> bool:
@@ -162,13 +162,14 @@ class Guard:
     def let_go_in_child(self) -> None:
         """Close in a forked child what the lock is on: else the lock would outlive the parent.
 
-        Something else in the child may use these numbers for what it inherited. So they become /dev/null.
+        SQLite in the child may go on to use these descriptors. So the same files are opened anew there, with no lock.
         """
-        null = os.open(os.devnull, os.O_RDWR)
         for descriptor, (file_id, _) in self._locks.items():
             if _find(descriptor) == file_id:
-                os.dup2(null, descriptor, inheritable=False)
-        os.close(null)
+                mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+                anew = os.open(f"/proc/self/fd/{descriptor}", mode)
+                os.dup2(anew, descriptor, inheritable=False)
+                os.close(anew)
 
 
 _guards: dict[FileId, weakref.ref[Guard]] = {}

@@ -75,7 +75,8 @@ def open_another_once(state: State) -> Connection:
             f"SQLite {sqlite3.sqlite_version} has a {file.path} database for one thread only; 3.36 shares it"
         )
     state.end_if_wal_is_lost()
-    likely = _guard.next_descriptors()
+    is_locked = state.guard is not None and state.guard.is_locked()
+    likely = [] if is_locked else _guard.next_descriptors()
     try:
         with said_in_words(state):
             conn = Connection(state)
@@ -158,5 +159,7 @@ def said_in_words(state: State) -> Iterator[None]:
     except (OpenError, SchemaError):
         raise
     except (sqlite3.Error, UnicodeDecodeError) as error:
+        state.end_if_wal_is_lost()  # SQLite's own words for a lost WAL may be "malformed"
+        refuse_lost_wal(state.file)
         reason = state.file.reason(error) or in_words(error, state.timeout)
         raise open_error(state.file.path, reason, error) from error

@@ -2,7 +2,8 @@
 
 A file fits if every statement that was written for `schema.sql`, and names the columns it uses, works on that file. So
 all of `schema.sql` must be there, or be added, and nothing else in the file may refuse a row. If SQLite can't make an
-addition, it says so, and the transaction is rolled back. No SQL that is in the file is ever executed.
+addition, it says so, and the transaction is rolled back. SQL that is in the file isn't executed here; when SQLite adds
+a column with a CHECK, it also asks the CHECKs that the file has.
 
 Compared is what SQLite's pragmas show of a table (https://sqlite.org/pragma.html#pragma_table_xinfo). They don't show
 CHECK and ON CONFLICT clauses, the collation of a column, or DEFERRABLE. They don't show what a trigger does, nor when

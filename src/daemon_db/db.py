@@ -125,6 +125,7 @@ class DB:
             self._begin(conn)
             yield conn
             self._refuse_fork()
+            state.refuse_lost_index()
             conn.execute("COMMIT")
             state.refuse_unseen_commit()
             warning = self._checkpoints.after_commit(conn)
@@ -217,7 +218,7 @@ class DB:
                 if conn.in_transaction or conn.isolation_level is not None:
                     raise sqlite3.ProgrammingError("on_connect must leave the connection in autocommit mode")
             self._refuse_use()  # another thread may have closed the DB meanwhile
-            conn.is_usable = True
+            conn.is_usable = conn.was_opened = True
         except BaseException:
             self._close_this_threads()
             raise
@@ -234,7 +235,7 @@ def _drop(state: State) -> None:
 
     The garbage collector may call it at any moment. So the connections are left to their threads.
     """
-    if state.pid != _process.pid:
+    if state.pid != os.getpid():  # not _process.pid: in a forked child, this may be called before that is set
         return
     is_unclosed, state.is_open = state.is_open, False
     state.file.close()

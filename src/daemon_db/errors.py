@@ -37,7 +37,9 @@ class SchemaError(sqlite3.DatabaseError):
 
 # What is left in the old file's WAL would be written over the new file. And if another program has begun a new WAL
 # meanwhile, to remove that one destroys the program's commits: so every program is stopped first.
-_BEGIN_ANEW = "stop every program that has it open, remove what is left of its -wal and -shm, and start again"
+_BEGIN_ANEW = (
+    "stop every program that has it open, copy what is left of its -wal and -shm away, remove it, and start again"
+)
 REPLACED = f"removed or replaced since this DB was opened: put the file back; or {_BEGIN_ANEW}"
 STILL_OPEN = f"removed or replaced while this process has it open: put the file back; or {_BEGIN_ANEW}"
 WAL_REMOVED = (
@@ -66,8 +68,8 @@ def in_words(error: Exception, timeout: float = 5.0) -> str:
     if isinstance(error, UnicodeDecodeError) or primary_code(error) == sqlite3.SQLITE_CORRUPT:
         # A WAL belongs to one file: what is left in the damaged file's WAL would be written over the backup.
         return (
-            f"damaged ({error}): stop every program that has it open, remove its -wal and -shm, then restore a backup; "
-            "or see https://sqlite.org/recovery.html"
+            f"damaged ({error}): stop every program that has it open, copy the file, its -wal and its -shm away, "
+            "remove its -wal and -shm, then restore a backup; or see https://sqlite.org/recovery.html"
         )
     if is_busy(error):
         return f"locked for more than {timeout} s"
