@@ -616,10 +616,9 @@ write("before")
 ENDS = {
     "removed by hand, and the other has emptied its WAL": """
 remove("-wal", "-shm")
-process = other("truncate", "stay")
+end(other("truncate"))
 refused(lambda: write("late"))
 db.close()
-end(process)
 """,
     "removed by hand, and the other has closed": """
 remove("-wal", "-shm")
