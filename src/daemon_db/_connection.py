@@ -98,9 +98,8 @@ class Connection(sqlite3.Connection):
             self.is_usable = False  # its own thread closes it when that thread next uses the DB, or ends
             return
         with contextlib.suppress(sqlite3.Error):  # if ROLLBACK fails, SQLite's close rolls back
-            if (
-                self.in_transaction
-            ):  # SQLite keeps the write lock after its close, as long as a cursor has rows to fetch
+            # Without this, SQLite keeps the write lock after its close, as long as a cursor has rows to fetch.
+            if self.in_transaction:
                 self.execute("ROLLBACK")
         leaves_wal = self.state.file.read_only or not self.was_opened
         with _wal.left_as_it_is(self.state.file) if leaves_wal else contextlib.nullcontext():

@@ -49,6 +49,7 @@ def open_first_once(state: State) -> Connection:
         conn = Connection(state)
         file.remember_id()
         read_first(conn)
+        file.remember_id()  # it must be the same: the read opens the WAL by the file's name
         has_wal = is_in_wal_mode(conn, file)
         if has_wal:
             keep_wal(conn, likely)
@@ -75,8 +76,8 @@ def open_another_once(state: State) -> Connection:
             f"SQLite {sqlite3.sqlite_version} has a {file.path} database for one thread only; 3.36 shares it"
         )
     state.end_if_wal_is_lost()
-    is_locked = state.guard is not None and state.guard.is_locked()
-    likely = [] if is_locked else _guard.next_descriptors()
+    has_lock = state.guard is not None and state.guard.is_locked()
+    likely = [] if has_lock else _guard.next_descriptors()
     try:
         with said_in_words(state):
             conn = Connection(state)
@@ -87,9 +88,8 @@ def open_another_once(state: State) -> Connection:
             file.refuse_replaced()  # the file may have been replaced between the first look and SQLite's
             if is_in_wal_mode(conn, file):
                 keep_wal(conn, likely)
-            elif (
-                state.guard
-            ):  # the file was in WAL mode: this is another one, which has got the inode of a removed file
+            elif state.guard:
+                # The file was in WAL mode. So this is another file, which has got the inode of a removed one.
                 raise OpenError(file.path, REPLACED)
             enforce_foreign_keys(conn, file)
             if file.read_only:
