@@ -12,8 +12,9 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ import pytest
 from daemon_db import DB, OpenError, _guard, _opening, _process
 from daemon_db._connection import thread
 from support import (
+    LIMIT,
     end,
     files_in,
     in_thread,
@@ -306,7 +308,8 @@ def test_what_is_lost_between_the_first_read_and_the_lock_is_opened_again(
         read_first(conn)
         reads.append(Path(f"{path}-wal").stat().st_ino)
         if len(reads) == 1:
-            open(path, "rb").close()
+            for suffix in "", "-shm":
+                open(f"{path}{suffix}", "rb").close()
             if then != HOLD_EXCLUSIVE:
                 subprocess.run(["sqlite3", path, LOOK], check=True, capture_output=True)
                 assert not Path(f"{path}-wal").exists()
@@ -386,7 +389,7 @@ def test_a_wal_that_is_removed_while_a_later_connection_is_opened(
 
 
 @pytest.mark.parametrize("last", ["daemon", "other"])
-@pytest.mark.parametrize("way", ["read", "copy", pytest.param("apsw", marks=WITH_APSW[-1].marks)])
+@pytest.mark.parametrize("way", ["all", pytest.param("apsw", marks=WITH_APSW[-1].marks)])
 def test_without_the_lock_the_loss_is_found_out(way: str, last: str, tmp_path: Path) -> None:
     """Before a further commit is acknowledged; and the daemon's stop in good order overwrites nothing."""
     for number in range(rounds(1, 100)):
@@ -421,7 +424,8 @@ before = open_files()
 db = DB.open(path)
 beside = DB.open(path)
 insert_run(db.conn)
-open(path).close()
+for suffix in "", "-shm":  # SQLite 3.53 asks for the lock on the -shm, too, before it takes itself for the last one
+    open(path + suffix).close()
 insert = "INSERT INTO units (id, run_id, unit_id, status) VALUES ('u', 'run-1', 'u', '')"
 subprocess.run(["sqlite3", path, insert], check=True)
 assert not os.path.exists(path + "-wal")
@@ -597,7 +601,8 @@ def write(*names):
             insert_run(conn, name)
 
 def lose():
-    open(path).close()
+    for suffix in "", "-shm":
+        open(path + suffix).close()
     subprocess.run(["sqlite3", path, "SELECT count(*) FROM runs"], check=True, capture_output=True)
 
 def remove(*suffixes):
@@ -656,7 +661,10 @@ db = DB.open(path)
 write("first")
 lose()
 end(other())
-insert_run(db.conn, "nobody sees this")
+try:
+    insert_run(db.conn, "nobody sees this")
+except sqlite3.DatabaseError:
+    pass  # by itself, SQLite may find out, or not
 refused(lambda: write("late"))
 db.close()
 """,
@@ -862,10 +870,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.parametrize("how", ["fork", "subprocess", "subprocess that inherits"])
 def test_a_child_that_outlives_its_killed_parent_is_in_nobodys_way(how: str, tmp_path: Path) -> None:
     path = tmp_path / "daemon.db"
+    is_new = sqlite3.sqlite_version_info >= (3, 51)
     for number in range(rounds(1, 100)):
-        parent = (
-            start(PARENT, path, how) if number == 0 else start(PARENT.replace("insert_run(db.conn)", ""), path, how)
-        )
+        parent = start(PARENT, path, how)
         child = int(parent.stdout.readline())
         try:
             assert end(parent) == ("", "")
@@ -873,11 +880,23 @@ def test_a_child_that_outlives_its_killed_parent_is_in_nobodys_way(how: str, tmp
                 with db.transaction() as conn:
                     insert_run(conn, f"run-of-the-next-{number}")
                 assert db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
-            assert list(files_in(tmp_path)) == ["daemon.db"]
-            with closing(sqlite3.connect(path)) as conn:
-                assert conn.execute("PRAGMA journal_mode=DELETE").fetchone() == ("delete",)  # nobody has it open
+            # A newer SQLite sees that the child has the -shm in memory, and leaves both there until the child ends.
+            is_clean = list(files_in(tmp_path)) == ["daemon.db"]
+            assert is_clean or is_new and how == "fork" and Path(f"{path}-wal").stat().st_size == 0
         finally:
             os.kill(child, 9)
+        wait_for_end(child)
+        DB.open(path).close()
+        assert list(files_in(tmp_path)) == ["daemon.db"]
+
+
+def wait_for_end(process: int) -> None:
+    """Of a process that isn't this one's child: it is gone, or what is left of it waits for its new parent."""
+    limit = time.monotonic() + LIMIT
+    with suppress(FileNotFoundError, ProcessLookupError):
+        while Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < limit
+            time.sleep(0.001)
 
 
 @has_lock
