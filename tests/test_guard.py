@@ -547,8 +547,14 @@ def test_what_was_removed_by_hand_is_found_out(
 
 
 @has_lock
-@removals
-def test_what_is_in_a_wal_that_was_removed_by_hand_is_saved_by_closing(removed: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("removed", "look"),
+    [(["-wal"], False), (["-shm"], False), (["-wal", "-shm"], False), (["-wal"], True), (["-shm"], True)],
+)
+def test_what_is_in_a_wal_that_was_removed_by_hand_is_saved_by_closing(
+    removed: list[str], look: bool, tmp_path: Path
+) -> None:
+    """Also when somebody has looked meanwhile, and made an empty -wal (but not if both are gone: that is a new WAL)."""
     path = tmp_path / "daemon.db"
     with DB.open(path) as db:
         for number in range(3):
@@ -557,6 +563,8 @@ def test_what_is_in_a_wal_that_was_removed_by_hand_is_saved_by_closing(removed: 
         in_thread(lambda: db.conn)
         for suffix in removed:
             os.remove(f"{path}{suffix}")
+        if look:
+            subprocess.run(["sqlite3", path, LOOK], capture_output=True)
         with pytest.raises(OpenError, match=LOST):
             in_thread(lambda: db.conn)
     with DB.open(path) as db:

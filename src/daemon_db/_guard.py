@@ -100,10 +100,11 @@ class Guard:
         """Whether a checkpoint at the last close overwrites nothing that others have committed.
 
         While the lock is held, nobody's close removes the WAL: if the WAL is gone, somebody has removed it by hand. As
-        long as nobody has begun another WAL, a checkpoint then saves what is in the removed one.
+        long as nobody has committed to another WAL, a checkpoint saves what is in the removed one. An empty -wal proves
+        that only beside the same -shm: with another -shm, a process may have emptied its WAL after its commits.
         """
-        is_removed_by_hand = self.is_locked() and file.wal_id() is None
-        return is_removed_by_hand or not self.is_lost(file)
+        nobody_has_committed = file.wal_id() is None or self.has_index(file) and not file.wal_size()
+        return not self.is_lost(file) or self.is_locked() and nobody_has_committed
 
     def _is_whole(self, file: File) -> bool:
         return self.has_wal(file) and self.has_index(file)

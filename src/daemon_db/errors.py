@@ -38,14 +38,16 @@ class SchemaError(sqlite3.DatabaseError):
 # What is left in the old file's WAL would be written over the new file. And if another program has begun a new WAL
 # meanwhile, to remove that one destroys the program's commits: so every program is stopped first.
 _BEGIN_ANEW = (
-    "stop every program that has it open, copy what is left of its -wal and -shm away, remove it, and start again"
+    "stop every program that has it open, copy the -wal and the -shm that are left away, remove these two, and start "
+    "again"
 )
 REPLACED = f"removed or replaced since this DB was opened: put the file back; or {_BEGIN_ANEW}"
 STILL_OPEN = f"removed or replaced while this process has it open: put the file back; or {_BEGIN_ANEW}"
 WAL_REMOVED = (
-    "its -wal or -shm was removed or replaced while it was open. Stop every program that has it open; copy the file, "
-    "its -wal and its -shm away; start again, and remove nothing. If nobody removed them by hand, something in one of "
-    "these programs has opened the file without SQLite or by another SQLite library, and closed it"
+    "its -wal or -shm was removed or replaced while it was open: the newest commits may be lost. Before anything else "
+    "opens it, let every program that has it open close it and end (kill -9 would lose more); copy the file, its -wal "
+    "and its -shm away; start again, and remove nothing. If nobody removed them by hand, something in one of these "
+    "programs has opened the file without SQLite or by another SQLite library, and closed it"
 )
 HOT_JOURNAL = "a killed process left a rollback journal, to be played back first: open it once without read_only"
 NO_INDEX = (
