@@ -626,6 +626,18 @@ path = sys.argv[1]
 db = DB.open(path, on_connect=lambda conn: conn.execute("PRAGMA synchronous=OFF"))
 write("before")
 """
+LOSE_BEFORE_THE_FIRST_READ = """
+def lose_and_read(conn):
+    _opening.read_first = read_first
+    lose()
+    processes.append(other("stay"))
+    read_first(conn)
+db.close()
+_guard._SETLK = None
+db = DB.open(path)
+write("first")
+processes, read_first, _opening.read_first = [], _opening.read_first, lose_and_read
+"""
 ENDS = {
     "removed by hand, and the other has emptied its WAL": """
 remove("-wal", "-shm")
@@ -676,32 +688,14 @@ except sqlite3.DatabaseError:
 refused(lambda: write("late"))
 db.close()
 """,
-    "without the lock, between the look and the first read of another thread": """
-def lose_and_read(conn):
-    _opening.read_first = read_first
-    lose()
-    processes.append(other("stay"))
-    read_first(conn)
-db.close()
-_guard._SETLK = None
-db = DB.open(path)
-write("first")
-processes, read_first, _opening.read_first = [], _opening.read_first, lose_and_read
+    "without the lock, between the look and the first read of another thread": f"""
+{LOSE_BEFORE_THE_FIRST_READ}
 refused(lambda: in_thread(lambda: db.conn))
 end(processes[0])
 db.close()
 """,
-    "without the lock, between the look and the first read of another DB": """
-def lose_and_read(conn):
-    _opening.read_first = read_first
-    lose()
-    processes.append(other("stay"))
-    read_first(conn)
-db.close()
-_guard._SETLK = None
-db = DB.open(path)
-write("first")
-processes, read_first, _opening.read_first = [], _opening.read_first, lose_and_read
+    "without the lock, between the look and the first read of another DB": f"""
+{LOSE_BEFORE_THE_FIRST_READ}
 refused(lambda: DB.open(path))
 end(processes[0])
 db.close()
