@@ -956,6 +956,28 @@ def test_where_something_else_has_the_lowest_descriptors_all_are_looked_at(
 
 
 @has_lock
+def test_with_no_descriptor_left_the_lock_is_taken_all_the_same(tmp_path: Path) -> None:
+    code = """
+import os, resource, sys
+from daemon_db import DB, _guard
+
+DB.open(sys.argv[1]).close()
+resource.setrlimit(resource.RLIMIT_NOFILE, (30, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+taken = []
+try:
+    while True:
+        taken.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    pass
+for _ in range(3):  # the file, its -wal and its -shm
+    os.close(taken.pop())
+with DB.open(sys.argv[1]) as db:
+    assert _guard.guard_of(db._state.file).is_locked()
+"""
+    run(code, tmp_path / "daemon.db")
+
+
+@has_lock
 def test_the_lock_is_not_on_a_descriptor_that_somebody_else_may_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
