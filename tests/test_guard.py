@@ -83,7 +83,7 @@ with DB.open(sys.argv[1], timeout=60) as db:
 """Writes so many runs, and closes when its standard input does."""
 
 DAEMON = f"""
-import hashlib, itertools, mmap, os, shutil, signal, sqlite3, subprocess, sys, tarfile, threading, warnings, zipfile
+import hashlib, itertools, logging, mmap, os, shutil, signal, sqlite3, subprocess, sys, tarfile, threading, warnings, zipfile
 try:
     import apsw
 except ImportError:
@@ -93,6 +93,7 @@ from daemon_db._connection import thread
 from support import LIMIT, end, in_thread, insert_run, join, start
 
 warnings.simplefilter("ignore")  # of a file that open() leaves to the garbage collector
+logging.disable(logging.WARNING)  # of a reader that is in the way of a checkpoint, when the machine is busy
 path, way, threads, how, last, lock = sys.argv[1:]
 OTHER = {OTHER!r}
 WAYS = {WAYS!r}

@@ -125,7 +125,8 @@ class Guard:
                 self._locks[descriptor] = file_id, wanted[file_id]  # before there is a lock: a fork may come between
                 with _unless_closed():
                     _set(descriptor, fcntl.F_RDLCK, wanted[file_id])
-            if file.id not in found.values():
+            locked = {file_id for each, (file_id, _) in self._locks.items() if _find(each) == file_id}
+            if file.id not in locked:
                 raise OSError("SQLite's descriptor was not found")
         except BlockingIOError:  # another process checkpoints: it takes itself for the last one that has the file open
             self._release()
@@ -139,7 +140,7 @@ class Guard:
                 error,
             )
             return True
-        return self._index_id in found.values()  # else SQLite has another -shm open than the one that is there now
+        return self._index_id in locked  # else SQLite has another -shm open than the one that is there now
 
     def _unlock(self) -> None:
         """Take SQLite's own locks again, because something may have dropped them, and give back ours."""
