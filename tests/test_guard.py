@@ -83,7 +83,7 @@ with DB.open(sys.argv[1], timeout=60) as db:
 """Writes so many runs, and closes when its standard input does."""
 
 DAEMON = f"""
-import hashlib, itertools, logging, mmap, os, shutil, signal, sqlite3, subprocess, sys, tarfile, threading, warnings, zipfile
+import hashlib, itertools, logging, mmap, os, shutil, sqlite3, subprocess, sys, tarfile, threading, warnings, zipfile
 try:
     import apsw
 except ImportError:
