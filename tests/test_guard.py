@@ -198,7 +198,7 @@ def check_whole(path: Path, acknowledged: list[str]) -> None:
     ],
 )
 def test_nothing_in_the_process_drops_the_lock(way: str, threads: int, how: str, last: str, tmp_path: Path) -> None:
-    for number in range(rounds(1, 13)):
+    for number in range(rounds(1, 25)):
         path = tmp_path / f"{number}.db"
         acknowledged, errors = the_daemon(path, way, threads, how, last, "on")
         assert errors == []
