@@ -28,6 +28,7 @@ from support import (
     in_thread,
     insert_run,
     make_killed,
+    make_nothing,
     make_rollback,
     make_wal,
     open_files,
@@ -101,18 +102,20 @@ if lock == "off":
     _guard._SETLK = None
 acknowledged, stop, progress, errors = [], threading.Event(), threading.Semaphore(0), []
 
+def insert(name):
+    if how == "transaction":
+        with db.transaction() as conn:
+            insert_run(conn, name)
+    else:
+        insert_run(db.conn, name)
+    acknowledged.append(name)
+
 def write(number):
     try:
         for each in itertools.count():
             if stop.is_set():
                 return
-            name = f"{{number}}-{{each}}"
-            if how == "transaction":
-                with db.transaction() as conn:
-                    insert_run(conn, name)
-            else:
-                insert_run(db.conn, name)
-            acknowledged.append(name)
+            insert(f"{{number}}-{{each}}")
             progress.release()
     except BaseException as error:
         errors.append(error)
@@ -138,13 +141,7 @@ if threads == "1":
         assert end(other) == ("", ""), other
     try:
         for number in range(20):
-            name = f"after-{{number}}"
-            if how == "transaction":
-                with db.transaction() as conn:
-                    insert_run(conn, name)
-            else:
-                insert_run(db.conn, name)
-            acknowledged.append(name)
+            insert(f"after-{{number}}")
         in_thread(lambda: insert_run(db.conn, "thread"))
         acknowledged.append("thread")
     except sqlite3.Error as error:
@@ -930,7 +927,7 @@ def test_sqlites_descriptors_are_found_without_looking_at_all(tmp_path: Path, mo
         taken[number].close()  # holes, in which what is opened next comes to be
     try:
         monkeypatch.setattr(_guard, "_all_descriptors", lambda: pytest.fail("looked at all"))
-        for make in (make_nothing_more, make_rollback, make_wal, make_killed):
+        for make in (make_nothing, make_rollback, make_wal, make_killed):
             make(path)
             with DB.open(path) as db:
                 assert _guard.guard_of(db._state.file).is_locked()
@@ -940,10 +937,6 @@ def test_sqlites_descriptors_are_found_without_looking_at_all(tmp_path: Path, mo
     finally:
         for file in taken:
             file.close()
-
-
-def make_nothing_more(path: Path) -> None:
-    """A fresh file."""
 
 
 @has_lock

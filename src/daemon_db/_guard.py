@@ -23,7 +23,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 
-from ._place import File, FileId
+from ._place import File, FileId, find_id
 
 _log = logging.getLogger("daemon_db")
 
@@ -116,7 +116,7 @@ class Guard:
         this process has a lock on the file.
         """
         wanted = {file.id: _SHARED, self._index_id: _IN_USE}
-        self._locks = {each: lock for each, lock in self._locks.items() if _find(each) == lock[0]}
+        self._locks = {each: lock for each, lock in self._locks.items() if find_id(each) == lock[0]}
         try:
             if _SETLK is None:
                 raise OSError("this system has none")
@@ -125,7 +125,7 @@ class Guard:
                 self._locks[descriptor] = file_id, wanted[file_id]  # before there is a lock: a fork may come between
                 with _unless_closed():
                     _set(descriptor, fcntl.F_RDLCK, wanted[file_id])
-            locked = {file_id for each, (file_id, _) in self._locks.items() if _find(each) == file_id}
+            locked = {file_id for each, (file_id, _) in self._locks.items() if find_id(each) == file_id}
             if file.id not in locked:
                 raise OSError("SQLite's descriptor was not found")
         except BlockingIOError:  # another process checkpoints: it takes itself for the last one that has the file open
@@ -146,7 +146,7 @@ class Guard:
         """Take SQLite's own locks again, because something may have dropped them, and give back ours."""
         try:
             for descriptor, (file_id, (start, length)) in self._locks.items():
-                if _find(descriptor) == file_id:
+                if find_id(descriptor) == file_id:
                     with _unless_closed():
                         fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, length, start)
         except OSError as error:
@@ -156,7 +156,7 @@ class Guard:
 
     def _release(self) -> None:
         for descriptor, (file_id, area) in self._locks.items():
-            if _find(descriptor) == file_id:
+            if find_id(descriptor) == file_id:
                 with _unless_closed():
                     _set(descriptor, fcntl.F_UNLCK, area)
         self._locks.clear()
@@ -167,7 +167,7 @@ class Guard:
         SQLite in the child may go on to use these descriptors. So the same files are opened anew there, with no lock.
         """
         for descriptor, (file_id, _) in self._locks.items():
-            if _find(descriptor) == file_id:
+            if find_id(descriptor) == file_id:
                 mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
                 anew = os.open(f"/proc/self/fd/{descriptor}", mode)
                 os.dup2(anew, descriptor, inheritable=False)
@@ -252,15 +252,7 @@ def _find_sqlites(descriptor: int) -> FileId | None:
         is_sqlites = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_NOFOLLOW
     except OSError:
         return None  # another thread has closed it
-    return _find(descriptor) if is_sqlites else None
-
-
-def _find(descriptor: int) -> FileId | None:
-    try:
-        status = os.fstat(descriptor)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+    return find_id(descriptor) if is_sqlites else None
 
 
 @contextlib.contextmanager

@@ -135,14 +135,14 @@ class File:
 
     def remember_id(self) -> None:
         """Remember which file SQLite has opened or created: later connections are to this file, or to none."""
-        found = _find(self.path)
+        found = find_id(self.path)
         if found is None or self.id not in (None, found):
             raise OpenError(self.path, "removed or replaced while it was opened")
         self.id = found
 
     def is_there(self) -> bool:
         """Whether the path still is the file that was opened. A link must still lead to where the WAL is, too."""
-        return _find(self.path) == self.id and (self.real_path == self.path or _find(self.real_path) == self.id)
+        return find_id(self.path) == self.id and (self.real_path == self.path or find_id(self.real_path) == self.id)
 
     def refuse_replaced(self) -> None:
         """Raise `OpenError` if another file, or none, is at the path now: nobody else sees the one that is open."""
@@ -151,11 +151,11 @@ class File:
 
     def wal_id(self) -> FileId | None:
         """The -wal, if there is one: of a process that has the file open now, or of one that was killed."""
-        return _find(f"{self.real_path}-wal")
+        return find_id(f"{self.real_path}-wal")
 
     def index_id(self) -> FileId | None:
         """The -shm, if there is one: it holds the WAL's index (https://sqlite.org/walformat.html)."""
-        return _find(f"{self.real_path}-shm")
+        return find_id(f"{self.real_path}-shm")
 
     def wal_size(self) -> int:
         """How many bytes are in the WAL."""
@@ -258,7 +258,8 @@ def locate(path: str | os.PathLike[str], read_only: bool) -> File:
     return File(name, read_only)
 
 
-def _find(path: str) -> FileId | None:
+def find_id(path: str | int) -> FileId | None:
+    """Which file is at the path, or open at the descriptor. None if there is none."""
     try:
         status = os.stat(path)
     except OSError:
