@@ -51,7 +51,13 @@ def a_directory_for_its_wal(path: Path) -> None:
     [
         (from_the_future, False, "unsupported file format", "SQLITE_ERROR"),
         (from_the_future, True, "unsupported file format", "SQLITE_ERROR"),
-        (a_directory_for_its_wal, False, "unable to open database file", "SQLITE_CANTOPEN"),
+        (
+            a_directory_for_its_wal,
+            False,
+            "unable to open database file, its -wal or its -shm: each must be a plain file, on a local disk, and the "
+            "process needs free file descriptors",
+            "SQLITE_CANTOPEN",
+        ),
     ],
 )
 def test_for_the_rest_sqlites_own_words(

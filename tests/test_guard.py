@@ -740,7 +740,7 @@ def test_a_close_that_is_interrupted_is_finished_by_the_next(tmp_path: Path) -> 
     conn = thread.connections[db._state]
     insert_run(conn)
     assert db._state.guard
-    db._state.guard.leave(conn)
+    db._state.guard.leave(conn, db._state.file)
     sqlite3.Connection.close(conn)
     db.close()
     with DB.open(path) as db:

@@ -95,6 +95,7 @@ class TestWhatItFinds:
             "path": str(tmp_path / "daemon.db"),
             "sqlite": sqlite3.sqlite_version,
             "wal_reset_bug": HAS_BUG,
+            "network_file_system": None,
             "journal_mode": "wal",
             "foreign_keys": True,
             "rows": {"runs": 1, "units": 0, "events": 2},

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Self
 
-from . import DB, OpenError, SchemaError, __version__, _schema
+from . import DB, OpenError, SchemaError, __version__, _mount, _schema
 from .errors import in_words, primary_code
 
 _MOST_PROBLEMS = 10
@@ -75,6 +75,7 @@ def look(db: DB) -> dict[str, Any]:
         "path": db.path,
         "sqlite": sqlite3.sqlite_version,
         "wal_reset_bug": has_wal_reset_bug(sqlite3.sqlite_version_info),
+        "network_file_system": _mount.network_file_system(db.path),
         "journal_mode": db.conn.execute("PRAGMA journal_mode").fetchone()[0],
         "foreign_keys": db.conn.execute("PRAGMA foreign_keys").fetchone() == (1,),
         "rows": {table: db.conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in _schema.tables()},
@@ -86,6 +87,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"path           {found['path']}"
     bug = "  (has the WAL-reset bug: see the README)" if found["wal_reset_bug"] else ""
     yield f"SQLite         {found['sqlite']}{bug}"
+    if found["network_file_system"]:
+        yield f"network        {found['network_file_system']}: only one machine's programs may have it open"
     yield f"journal mode   {found['journal_mode']}"
     yield f"foreign keys   {'on' if found['foreign_keys'] else 'off'}"
     for table, count in found["rows"].items():

@@ -81,8 +81,8 @@ class Connection(sqlite3.Connection):
         # frees the connection. In a forked child, to free the parent's would destroy the parent's transaction.
         self.create_function("daemon_db_connection", 0, functools.partial(repr, self))
 
-    def join_guard(self, likely: list[int]) -> bool:
-        """Keep the WAL there that the first read has opened. Return False if the WAL has been lost since that read."""
+    def join_guard(self, likely: list[int]) -> str | None:
+        """Keep the WAL there that the first read has opened. Return why this connection must be closed, if it must."""
         self.state.guard = guard_of(self.state.file)
         return self.state.guard.join(self, self.state.file, likely)
 
@@ -125,7 +125,7 @@ class Connection(sqlite3.Connection):
             if not guard.has(self):
                 pass  # a connection that has not joined has written nothing
             elif guard.may_checkpoint(file):
-                guard.leave(self)
+                guard.leave(self, file)
             elif guard.is_locked() or self._can_forbid_checkpoint():
                 guard.leave_locked(self)
             else:

@@ -24,6 +24,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 
 from ._place import File, FileId, find_id
+from .errors import NO_DESCRIPTORS, WAL_REMOVED
 
 _log = logging.getLogger("daemon_db")
 
@@ -47,31 +48,31 @@ class Guard:
         self._locks: dict[int, tuple[FileId, Bytes]] = {}
         """For each descriptor that the lock is on: the file that is open there, and which bytes are locked."""
 
-    def join(self, conn: object, file: File, likely: Iterable[int]) -> bool:
+    def join(self, conn: object, file: File, likely: Iterable[int]) -> str | None:
         """For a connection that has just read for the first time, and so has opened the WAL.
 
-        `likely` are the descriptors that SQLite has probably got for the file and the -shm. Return False if the WAL has
-        been removed or replaced since that read.
+        `likely` are the descriptors that SQLite has probably got for the file and the -shm. Return why the connection
+        must be closed: the WAL has been removed or replaced since that read, or SQLite can't write the -shm.
         """
         with self.mutex:
             if not self._connections:
                 self._wal_id, self._index_id = file.wal_id(), file.index_id()
-                if not self._lock(file, likely):
-                    return False
+                if reason := self._lock(file, likely):
+                    return reason
             if not self._is_whole(file):
-                return False
+                return WAL_REMOVED
             self._connections.add(conn)
-            return True
+            return None
 
     def has(self, conn: object) -> bool:
         """Whether the connection has joined."""
         return conn in self._connections
 
-    def leave(self, conn: object) -> None:
+    def leave(self, conn: object, file: File) -> None:
         """For a connection that will now be closed. The last one gives the lock back: it would block SQLite's close."""
         self._connections.discard(conn)
         if not self._connections:
-            self._unlock()
+            self._unlock(file)
 
     def leave_locked(self, conn: object) -> None:
         """The same, but the lock stays in the way: SQLite's last close neither checkpoints nor removes the WAL."""
@@ -109,8 +110,8 @@ class Guard:
     def _is_whole(self, file: File) -> bool:
         return self.has_wal(file) and self.has_index(file)
 
-    def _lock(self, file: File, likely: Iterable[int]) -> bool:
-        """Take the lock, if this system has such locks. Return False if SQLite's own lock has been dropped already.
+    def _lock(self, file: File, likely: Iterable[int]) -> str | None:
+        """Take the lock, if this system has such locks. Return why not, where the connection must be closed.
 
         The lock is taken once. SQLite keeps a descriptor open, and the lock with it, for as long as any connection of
         this process has a lock on the file.
@@ -121,6 +122,9 @@ class Guard:
             if _SETLK is None:
                 raise OSError("this system has none")
             found = _descriptors(wanted.keys(), likely)
+            # A process has the -shm open once, for all its connections. So this is found out before another one joins.
+            if file.may_write_index() and any(each == self._index_id and _is_read_only(n) for n, each in found.items()):
+                return NO_DESCRIPTORS
             for descriptor, file_id in found.items():
                 self._locks[descriptor] = file_id, wanted[file_id]  # before there is a lock: a fork may come between
                 with _unless_closed():
@@ -130,7 +134,7 @@ class Guard:
                 raise OSError("SQLite's descriptor was not found")
         except BlockingIOError:  # another process checkpoints: it takes itself for the last one that has the file open
             self._release()
-            return False
+            return WAL_REMOVED
         except OSError as error:
             self._release()
             _log.info(
@@ -139,10 +143,11 @@ class Guard:
                 file.path,
                 error,
             )
-            return True
-        return self._index_id in locked  # else SQLite has another -shm open than the one that is there now
+            return None
+        # If it isn't, SQLite has another -shm open than the one that is there now.
+        return None if self._index_id in locked else WAL_REMOVED
 
-    def _unlock(self) -> None:
+    def _unlock(self, file: File) -> None:
         """Take SQLite's own locks again, because something may have dropped them, and give back ours."""
         try:
             for descriptor, (file_id, (start, length)) in self._locks.items():
@@ -150,7 +155,7 @@ class Guard:
                     with _unless_closed():
                         fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, length, start)
         except OSError as error:
-            _log.warning("no lock for closing (%s): the WAL stays there until the next open and close", error)
+            _log.warning("%s: no lock for closing (%s): its WAL stays there until the next close", file.path, error)
         else:
             self._release()
 
@@ -226,6 +231,39 @@ def next_descriptors() -> list[int]:
     except OSError:
         return []
     return [each.fileno() for each in taken]
+
+
+def is_open_to_read_only(file: File, likely: Iterable[int]) -> bool:
+    """Whether SQLite has just opened the file or its -wal for reading only, which it was asked to open for writing.
+
+    SQLite does so, and says nothing, where to open it for writing fails: a lack of descriptors for a moment is enough.
+    `likely` are the descriptors that SQLite has probably got. On others, other connections may rightly only read.
+    """
+    if file.mode() == "ro":
+        return False
+    wanted = {file.id, file.wal_id()} - {None}
+    return any(_is_read_only(each) and _find_sqlites(each) in wanted for each in likely)
+
+
+def refused_lock(file: File) -> OSError | None:
+    """What the system says to a lock on SQLite's descriptors, if it refuses locks: SQLite takes that for "busy"."""
+    if _SETLK is None:
+        return None
+    for descriptor in _descriptors([file.id, file.index_id()], ()):
+        try:
+            # Only asked, not taken: to take and drop it would drop SQLite's own.
+            fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, *_SHARED, 0))
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                return error
+    return None
+
+
+def _is_read_only(descriptor: int) -> bool:
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+    except OSError:
+        return False  # another thread has closed it
 
 
 def _descriptors(files: Iterable[FileId | None], likely: Iterable[int]) -> dict[int, FileId]:

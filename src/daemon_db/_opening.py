@@ -1,6 +1,8 @@
 """The steps of opening, in their order. Nothing is written before path, file and schema have been checked."""
 
 import contextlib
+import logging
+import random
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -8,37 +10,58 @@ from collections.abc import Callable, Iterator
 from . import _guard, _process, _schema, _wal
 from ._connection import Connection, State
 from ._place import File, Memory
-from .errors import REPLACED, WAL_REMOVED, OpenError, SchemaError, in_words, open_error
+from .errors import (
+    NO_DESCRIPTORS,
+    REPLACED,
+    WAL_REMOVED,
+    OpenError,
+    SchemaError,
+    in_words,
+    is_busy,
+    lacks_shared_memory,
+    open_error,
+    primary_code,
+)
+
+_log = logging.getLogger("daemon_db")
 
 
 def open_first(state: State) -> Connection:
     """Open the database: create it, or bring it up to date, where that is needed."""
-    return until_it_keeps_its_wal(open_first_once, state)
+    conn = until_it_can_be_used(open_first_once, state)
+    warn_of_network_file_system(state.file)
+    return conn
 
 
 def open_another(state: State) -> Connection:
     """Open one more connection, for another thread, to what `open_first` opened and to nothing else."""
-    return until_it_keeps_its_wal(open_another_once, state)
+    return until_it_can_be_used(open_another_once, state)
 
 
-class WalLost(OpenError):
-    """The WAL was removed between the connection's first read and the lock. Nothing was written: try again."""
+class TryAgain(OpenError):
+    """Something else in this process was in the way for a moment. Nothing was written, and the connection is closed.
+
+    Either SQLite's lock was dropped before the guard's lock was taken, and the WAL removed; or there was no free
+    descriptor, and SQLite opened one of the files for reading only.
+    """
 
 
-def until_it_keeps_its_wal(open_once: Callable[[State], Connection], state: State) -> Connection:
-    """Open again if something in this process has dropped SQLite's lock before the guard's lock was taken."""
+def until_it_can_be_used(open_once: Callable[[State], Connection], state: State) -> Connection:
+    """Try again until the timeout."""
     deadline = time.monotonic() + state.timeout
     while True:
         try:
             return open_once(state)
-        except WalLost:
+        except TryAgain:
             if time.monotonic() >= deadline:
                 raise
-            time.sleep(0.002)
+            # A -shm that is open for reading only stays so until no connection of this process has it open. If threads
+            # tried again at equal intervals, there might be one at any moment.
+            time.sleep(random.uniform(0.002, 0.05))
 
 
 def open_first_once(state: State) -> Connection:
-    """As `open_first`, but raise `WalLost` where it is worth another try."""
+    """As `open_first`, but raise `TryAgain` where it is worth another try."""
     file = state.file
     file.examine()
     _process.refuse_inherited(file)
@@ -49,6 +72,7 @@ def open_first_once(state: State) -> Connection:
         conn = Connection(state)
         file.remember_id()
         read_first(conn)
+        refuse_reading_only(conn, likely)
         file.remember_id()  # it must be the same: the read opens the WAL by the file's name
         has_wal = is_in_wal_mode(conn, file)
         if has_wal:
@@ -60,24 +84,25 @@ def open_first_once(state: State) -> Connection:
             forbid_writing(conn)
             return conn
         _wal.turn_on(conn, file, state.timeout)
-        if not has_wal and not isinstance(file, Memory):
-            read_first(conn)
-            keep_wal(conn, likely)
-        if missing:
-            _schema.update(conn, file.path)
+        with contextlib.nullcontext() if has_wal else turned_off_if_unusable(conn):
+            if not has_wal and not isinstance(file, Memory):
+                read_first(conn)
+                refuse_reading_only(conn, likely)
+                keep_wal(conn, likely)
+            if missing:
+                _schema.update(conn, file.path)
     return conn
 
 
 def open_another_once(state: State) -> Connection:
-    """As `open_another`, but raise `WalLost` where it is worth another try."""
+    """As `open_another`, but raise `TryAgain` where it is worth another try."""
     file = state.file
     if isinstance(file, Memory) and not file.is_shared:
         raise sqlite3.NotSupportedError(
             f"SQLite {sqlite3.sqlite_version} has a {file.path} database for one thread only; 3.36 shares it"
         )
     state.end_if_wal_is_lost()
-    has_lock = state.guard is not None and state.guard.is_locked()
-    likely = [] if has_lock else _guard.next_descriptors()
+    likely = _guard.next_descriptors()
     try:
         with said_in_words(state):
             conn = Connection(state)
@@ -86,6 +111,7 @@ def open_another_once(state: State) -> Connection:
             file.refuse_replaced()
             read_first(conn)
             file.refuse_replaced()  # the file may have been replaced between the first look and SQLite's
+            refuse_reading_only(conn, likely)
             if is_in_wal_mode(conn, file):
                 keep_wal(conn, likely)
             elif state.guard:
@@ -111,6 +137,33 @@ def read_first(conn: sqlite3.Connection) -> None:
     conn.execute("PRAGMA schema_version")  # unlike journal_mode, it doesn't parse the schema
 
 
+def refuse_reading_only(conn: Connection, likely: list[int]) -> None:
+    """Raise `TryAgain` if SQLite could open the file or its WAL for reading only."""
+    if _guard.is_open_to_read_only(conn.state.file, likely):
+        conn.close()
+        raise TryAgain(conn.state.file.path, NO_DESCRIPTORS)
+
+
+@contextlib.contextmanager
+def turned_off_if_unusable(conn: Connection) -> Iterator[None]:
+    """Turn WAL mode, which was just turned on, off again if the WAL can't be used where the file is."""
+    state = conn.state
+    try:
+        yield
+    except OpenError:
+        raise
+    except sqlite3.OperationalError as error:
+        refusal = explained(error, state)  # before closing: what is explained may be gone with the connection
+        unusable = sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PROTOCOL
+        if primary_code(error) in unusable or _guard.refused_lock(state.file):
+            conn.close()
+            try:
+                _wal.turn_off(state.file, state.timeout)
+            except sqlite3.Error as second:
+                refusal.add_note(f"WAL mode was turned on, and could not be turned off again: {second}")
+        raise refusal from error
+
+
 def is_in_wal_mode(conn: sqlite3.Connection, file: File) -> bool:
     """Whether the first read has opened a WAL."""
     if file.wal_size():  # the quicker question; an empty -wal SQLite takes for none, if the file isn't in WAL mode
@@ -119,13 +172,13 @@ def is_in_wal_mode(conn: sqlite3.Connection, file: File) -> bool:
 
 
 def keep_wal(conn: Connection, likely: list[int]) -> None:
-    """Keep the WAL there that the first read has opened. Raise `WalLost` if it isn't there any more."""
+    """Keep the WAL there that the first read has opened. Raise `TryAgain` if it isn't there any more, or unusable."""
     state = conn.state
-    if not conn.join_guard(likely):
+    if reason := conn.join_guard(likely):
         state.file.refuse_replaced()
         state.end_if_wal_is_lost()
         conn.close()
-        raise WalLost(state.file.path, WAL_REMOVED)
+        raise TryAgain(state.file.path, reason)
 
 
 def enforce_foreign_keys(conn: sqlite3.Connection, file: File) -> None:
@@ -148,18 +201,40 @@ def refuse_incomplete(missing: tuple[_schema.Addition, ...], file: File) -> None
         )
 
 
+_known_devices: set[int] = set()
+
+
+def warn_of_network_file_system(file: File) -> None:
+    """Warn once in this process for each device."""
+    if file.id is None or file.id[0] in _known_devices:
+        return
+    _known_devices.add(file.id[0])
+    if name := file.network_file_system():
+        _log.warning(
+            "%s is on %s, which machines may share: let the programs of one machine only have it open, because WAL "
+            "mode doesn't work across machines (https://sqlite.org/wal.html)",
+            file.path,
+            name,
+        )
+
+
 @contextlib.contextmanager
 def said_in_words(state: State) -> Iterator[None]:
-    """Raise `OpenError` for what SQLite says in here.
-
-    The connection is still open then. So if SQLite lacks descriptors, the lack can still be seen.
-    """
+    """Raise `OpenError` for what SQLite says in here."""
     try:
         yield
     except (OpenError, SchemaError):
         raise
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        state.end_if_wal_is_lost()  # SQLite's own words for a lost WAL may be "malformed"
-        refuse_lost_wal(state.file)
+        raise explained(error, state) from error
+
+
+def explained(error: Exception, state: State) -> OpenError:
+    """SQLite's error in words. The connection is still open: so a lack of descriptors, for one, can still be seen."""
+    state.end_if_wal_is_lost()  # SQLite's own words for a lost WAL may be "malformed"
+    refuse_lost_wal(state.file)
+    if is_busy(error) and (refusal := _guard.refused_lock(state.file)):
+        reason = lacks_shared_memory(refusal)
+    else:
         reason = state.file.reason(error) or in_words(error, state.timeout)
-        raise open_error(state.file.path, reason, error) from error
+    return open_error(state.file.path, reason, error)

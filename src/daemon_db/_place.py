@@ -6,11 +6,24 @@ import os
 import sqlite3
 import stat
 
-from .errors import HOT_JOURNAL, NO_INDEX, REPLACED, OpenError, primary_code
+from ._mount import is_mount_point, network_file_system
+from .errors import (
+    HOT_JOURNAL,
+    MOUNTED_ALONE,
+    NO_INDEX,
+    NO_INDEX_ON_READ_ONLY_FILE_SYSTEM,
+    READ_ONLY_FILE_SYSTEM,
+    REPLACED,
+    OpenError,
+    primary_code,
+)
 
 MEMORY = ":memory:"
 FileId = tuple[int, int]
 """Device and inode, by which SQLite, too, tells files apart."""
+
+_LEAST_SPACE = 2**16
+"""Bytes: SQLite makes a -shm of 32 KiB, and the file system needs some for itself."""
 
 _LONGEST_PATH = 504
 """Bytes: of the 512 that SQLite has for a path, 8 are for "-journal"."""
@@ -76,6 +89,8 @@ class File:
         if status.st_size == 1:
             raise OpenError(self.path, "not a SQLite database")  # SQLite takes one byte for an empty file
         self.id = status.st_dev, status.st_ino
+        if is_mount_point(self.real_path):
+            raise OpenError(self.path, MOUNTED_ALONE)
         if forbidden := self._forbidden("", "-wal", "-shm"):
             raise OpenError(self.path, forbidden)
         if self.read_only:
@@ -88,6 +103,8 @@ class File:
             name = self.real_path + suffix
             # Asked twice, because other processes make and remove these files.
             if all(not _allowed(name, mode) and _exists(name) for _ in range(2)):
+                if not self.read_only and _is_on_read_only_file_system(name):
+                    return READ_ONLY_FILE_SYSTEM
                 return f"permission denied: {name if suffix else 'the file'} is not {rights} by this user"
         return None
 
@@ -96,6 +113,8 @@ class File:
         directory = os.path.dirname(self.real_path)
         if self.read_only or self._can_write_beside():
             return None
+        if _is_on_read_only_file_system(directory):
+            return READ_ONLY_FILE_SYSTEM
         return f"permission denied: directory {directory} is not writable by this user"
 
     def _can_write_beside(self) -> bool:
@@ -144,6 +163,10 @@ class File:
         """Whether the path still is the file that was opened. A link must still lead to where the WAL is, too."""
         return find_id(self.path) == self.id and (self.real_path == self.path or find_id(self.real_path) == self.id)
 
+    def network_file_system(self) -> str | None:
+        """The name of the file system, if machines may share it."""
+        return network_file_system(self.real_path)
+
     def refuse_replaced(self) -> None:
         """Raise `OpenError` if another file, or none, is at the path now: nobody else sees the one that is open."""
         if not self.is_there():
@@ -156,6 +179,10 @@ class File:
     def index_id(self) -> FileId | None:
         """The -shm, if there is one: it holds the WAL's index (https://sqlite.org/walformat.html)."""
         return find_id(f"{self.real_path}-shm")
+
+    def may_write_index(self) -> bool:
+        """Whether this user may write the -shm, which also a connection writes that only reads."""
+        return _allowed(f"{self.real_path}-shm", os.W_OK)
 
     def wal_size(self) -> int:
         """How many bytes are in the WAL."""
@@ -171,8 +198,21 @@ class File:
 
     def reason(self, error: Exception) -> str | None:
         """What the operating system says to SQLite's `error`; None if the reason is another one."""
-        if primary_code(error) not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
-            return None
+        code = primary_code(error)
+        if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY) and (reason := self._why_not_opened(error)):
+            return reason
+        if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL) and self._has_no_space():
+            return f"no space left in {os.path.dirname(self.real_path)}: make some, and open it again"
+        if (
+            code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+            and self.read_only
+            and not self._can_write_beside()
+        ):
+            is_read_only = _is_on_read_only_file_system(os.path.dirname(self.real_path))
+            return NO_INDEX_ON_READ_ONLY_FILE_SYSTEM if is_read_only else NO_INDEX
+        return None
+
+    def _why_not_opened(self, error: Exception) -> str | None:
         if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK:
             return HOT_JOURNAL
         directory = os.path.dirname(self.real_path)
@@ -185,8 +225,15 @@ class File:
             or self._journal_name_too_long()
             or self._forbidden_directory()
             or self._forbidden("-journal")
-            or (NO_INDEX if self.read_only else None)
         )
+
+    def _has_no_space(self) -> bool:
+        try:
+            found = os.statvfs(os.path.dirname(self.real_path))
+        except OSError:
+            return False
+        # Some file systems have no fixed number of inodes, and say 0.
+        return found.f_bavail * found.f_frsize < _LEAST_SPACE or (found.f_files > 0 and found.f_favail == 0)
 
     def _journal_name_too_long(self) -> str | None:
         try:
@@ -234,6 +281,8 @@ class Memory(File):
     def wal_size(self) -> int:
         return 0
 
+    def network_file_system(self) -> None: ...
+
     def index_id(self) -> None: ...
 
     def reason(self, error: Exception) -> None: ...
@@ -278,6 +327,13 @@ def _allowed(path: str, mode: int) -> bool:
     # Asked, not tried: closing any descriptor of the file drops all locks of this process on it
     # (https://sqlite.org/howtocorrupt.html, 2.2).
     return os.access(path, mode, effective_ids=_EFFECTIVE_IDS)
+
+
+def _is_on_read_only_file_system(path: str) -> bool:
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
 
 
 def _lack_of_descriptors() -> str | None:

@@ -14,18 +14,33 @@ def turn_on(conn: sqlite3.Connection, file: File, timeout: float) -> None:
 
     A database in memory has no journal file, and needs none.
     """
+    mode = _switch(conn, "WAL", timeout)
+    if mode != file.journal_mode:
+        raise OpenError(file.path, f"WAL mode is not available here: journal_mode stayed {mode!r}")
+
+
+def turn_off(file: File, timeout: float) -> None:
+    """Put the file back into rollback-journal mode, where WAL mode was turned on and the WAL can't be used.
+
+    A connection that has the file to itself needs no shared memory (https://sqlite.org/wal.html#noshm).
+    """
+    with contextlib.closing(sqlite3.connect(file.uri("rw"), uri=True, isolation_level=None, timeout=0)) as conn:
+        conn.execute("PRAGMA locking_mode=EXCLUSIVE")  # before this connection's first read
+        _switch(conn, "DELETE", timeout)
+
+
+def _switch(conn: sqlite3.Connection, journal_mode: str, timeout: float) -> str:
+    """Try to switch until `timeout`. Return the mode in which the file is then."""
     deadline = time.monotonic() + timeout
     while True:
         try:
-            (mode,) = conn.execute("PRAGMA journal_mode=WAL").fetchone()
-            break
+            (mode,) = conn.execute(f"PRAGMA journal_mode={journal_mode}").fetchone()
+            return str(mode)
         except sqlite3.OperationalError as error:
             # If a writer's lock is in the way of this switch, SQLite does not run its busy handler.
             if not is_busy(error) or time.monotonic() >= deadline:
                 raise
             time.sleep(0.002)
-    if mode != file.journal_mode:
-        raise OpenError(file.path, f"WAL mode is not available here: journal_mode stayed {mode!r}")
 
 
 @contextlib.contextmanager

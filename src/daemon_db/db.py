@@ -12,7 +12,7 @@ from typing import Never, Self
 from . import _opening, _place, _process
 from ._connection import Connection, State, close_unused, references, thread
 from ._wal import Checkpoints
-from .errors import WAL_REMOVED, OpenError, locked
+from .errors import NO_DESCRIPTORS, WAL_REMOVED, OpenError, locked, primary_code
 
 _log = logging.getLogger("daemon_db")
 
@@ -177,8 +177,11 @@ class DB:
     def _begin(self, conn: Connection) -> None:
         try:
             conn.execute("BEGIN IMMEDIATE")
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
             self._state.end_if_wal_is_lost()  # SQLite's own words for a lost WAL may be "malformed"
+            if primary_code(error) == sqlite3.SQLITE_READONLY and not self._state.file.read_only:
+                error.add_note(f"{NO_DESCRIPTORS}. This thread's next use of the DB opens another connection")
+                conn.is_usable = False
             raise
         self._state.refuse_before_write()
 

@@ -49,11 +49,41 @@ WAL_REMOVED = (
     "and its -shm away; start again, and remove nothing. If nobody removed them by hand, something in one of these "
     "programs has opened the file without SQLite or by another SQLite library, and closed it"
 )
+MOUNTED_ALONE = (
+    "it is mounted by itself, so its -wal, with the newest commits, would lie in the container and go with the "
+    "container. Stop every program that has it open, copy it and the -wal beside it, if there is one, into a "
+    "directory, and mount that directory"
+)
+READ_ONLY_FILE_SYSTEM = (
+    "the file system is read-only: mount it so that it can be written, or open the file with read_only (--check)"
+)
+NO_DESCRIPTORS = (
+    "SQLite could open it, its -wal or its -shm for reading only, because the process had no free file descriptor: "
+    "raise the limit (ulimit -n), or open fewer files"
+)
 HOT_JOURNAL = "a killed process left a rollback journal, to be played back first: open it once without read_only"
 NO_INDEX = (
     "no process has it open, so SQLite needs to make a -shm beside it, and this user can't: "
     "look at it as a user who can write there, or look at a copy of the file and its -wal"
 )
+NO_INDEX_ON_READ_ONLY_FILE_SYSTEM = (
+    "no process has it open, so SQLite needs to make a -shm beside it, and the file system is read-only: "
+    "look at a copy of the file and its -wal on another one"
+)
+_LACKS_SHARED_MEMORY = (
+    "this file system lacks what WAL mode needs, locks and memory that processes share ({}): move the file, and the "
+    "-wal beside it, if there is one, to a local disk"
+)
+_SHARED_MEMORY_ERRORS = {
+    sqlite3.SQLITE_IOERR_SHMOPEN,
+    sqlite3.SQLITE_IOERR_SHMSIZE,
+    sqlite3.SQLITE_IOERR_SHMMAP,
+    sqlite3.SQLITE_IOERR_SHMLOCK,
+    sqlite3.SQLITE_IOERR_LOCK,
+    sqlite3.SQLITE_IOERR_RDLOCK,
+    sqlite3.SQLITE_IOERR_UNLOCK,
+    sqlite3.SQLITE_IOERR_CHECKRESERVEDLOCK,
+}
 
 
 def open_error(path: str, reason: str, cause: Exception) -> OpenError:
@@ -73,11 +103,28 @@ def in_words(error: Exception, timeout: float = 5.0) -> str:
             f"damaged ({error}): stop every program that has it open, copy the file, its -wal and its -shm away, "
             "remove its -wal and -shm, then restore a backup; or see https://sqlite.org/recovery.html"
         )
+    if getattr(error, "sqlite_errorcode", 0) in (sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMSIZE):
+        # SQLite has found no room for the -shm, for whatever reason.
+        return f"no space left for its -shm (a quota, or ulimit -f), or {lacks_shared_memory(error)}"
+    if getattr(error, "sqlite_errorcode", 0) in _SHARED_MEMORY_ERRORS:
+        return lacks_shared_memory(error)
+    if primary_code(error) == sqlite3.SQLITE_PROTOCOL:
+        return f"another program was stopped while it opened the file, or {lacks_shared_memory(error)}"
     if is_busy(error):
         return f"locked for more than {timeout} s"
+    if primary_code(error) == sqlite3.SQLITE_CANTOPEN:
+        return (
+            "unable to open database file, its -wal or its -shm: each must be a plain file, on a local disk, and the "
+            "process needs free file descriptors"
+        )
     if primary_code(error) == sqlite3.SQLITE_NOTADB:
         return "not a SQLite database"
     return str(error)
+
+
+def lacks_shared_memory(error: Exception) -> str:
+    """The words for it. `error` is SQLite's, or the system's own."""
+    return _LACKS_SHARED_MEMORY.format(getattr(error, "sqlite_errorname", None) or getattr(error, "strerror", error))
 
 
 def primary_code(error: Exception) -> int:

@@ -1,0 +1,52 @@
+"""What is mounted where: whether a file is mounted by itself, and whether machines may share its file system.
+
+Linux has a list (https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html). Elsewhere nothing is known.
+"""
+
+import os
+
+_LIST = "/proc/self/mountinfo"
+
+# By the names that the list has for them. A program behind "fuse" alone can be anything.
+_NETWORK = frozenset(
+    "9p afs beegfs ceph cifs coda davfs fuse.ceph fuse.ceph-fuse fuse.davfs2 fuse.gcsfuse fuse.glusterfs fuse.juicefs"
+    " fuse.rclone fuse.s3fs fuse.smbnetfs fuse.sshfs fuse.vmhgfs-fuse gfs2 gpfs lustre ncpfs nfs nfs4 ocfs2 orangefs"
+    " pvfs2 smb3 smbfs vboxsf virtiofs".split()
+)
+
+
+def is_mount_point(path: str) -> bool:
+    """Whether something is mounted at the path."""
+    lines = _lines()
+    name = b"/" + _escaped(os.path.basename(path))
+    if not any(line.split(b" ", 5)[4].endswith(name) for line in lines):
+        return False  # the usual case: to find out where links lead takes longer
+    return any(line.split(b" ", 5)[4] == _escaped(os.path.realpath(path)) for line in lines)
+
+
+def network_file_system(path: str) -> str | None:
+    """The name of the file system that the path lies in, if machines may share that. None, too, if nothing is known."""
+    wanted = _escaped(os.path.realpath(path))
+    longest, name = b"", b""
+    for line in _lines():
+        point = line.split(b" ", 5)[4]
+        # Of two mounts at one point, the later one hides the earlier one.
+        if len(point) >= len(longest) and (wanted == point or wanted.startswith(point.rstrip(b"/") + b"/")):
+            longest, name = point, line.partition(b" - ")[2].split(b" ", 1)[0]
+    return os.fsdecode(name) if os.fsdecode(name) in _NETWORK else None
+
+
+def _lines() -> list[bytes]:
+    try:
+        with open(_LIST, "rb", buffering=0) as file:
+            return file.readall().splitlines()
+    except OSError:
+        return []
+
+
+def _escaped(path: str) -> bytes:
+    """As the list has it, where a space ends a word."""
+    name = os.fsencode(path)
+    for character in (b"\\", b" ", b"\t", b"\n"):  # the backslash first
+        name = name.replace(character, b"\\%03o" % ord(character))
+    return name

@@ -1,0 +1,545 @@
+"""Every place that a file can lie in: without shared memory, mounted by itself, shared by machines, full, read-only.
+
+System calls that fail are made by a library for LD_PRELOAD, and real file systems in a mount namespace. Where there is
+no C compiler, or no right to mount, the tests are skipped.
+"""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from daemon_db import DB, _mount
+from daemon_db.errors import (
+    MOUNTED_ALONE,
+    NO_DESCRIPTORS,
+    NO_INDEX_ON_READ_ONLY_FILE_SYSTEM,
+    READ_ONLY_FILE_SYSTEM,
+)
+from support import (
+    ENVIRONMENT,
+    LIMIT,
+    LONG,
+    files_in,
+    make_killed,
+    make_nothing,
+    make_rollback,
+    make_wal,
+    rounds,
+    run,
+)
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts and LD_PRELOAD are Linux's")
+
+LACKS = "this file system lacks what WAL mode needs, locks and memory that processes share ({}): move the file"
+
+
+@pytest.fixture(scope="session")
+def failing_calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process whose system calls fail as FAULT says."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    library = tmp_path_factory.mktemp("failing") / "failing_calls.so"
+    source = Path(__file__).with_name("failing_calls.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=LIMIT)
+    return ENVIRONMENT | {"LD_PRELOAD": str(library)}
+
+
+# Without shared memory
+
+WITH_FAILING_CALLS = """
+import itertools, logging, os, sqlite3, sys
+from contextlib import closing
+from pathlib import Path
+
+from daemon_db import DB, OpenError
+from support import copy, insert_run
+
+logging.disable()
+
+
+def look(path):
+    with closing(sqlite3.connect(path)) as conn:
+        (mode,) = conn.execute("PRAGMA journal_mode").fetchone()
+        (tables,) = conn.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        assert conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        return mode, tables, tables and conn.execute("SELECT count(*), max(length(config_json)) FROM runs").fetchone()
+
+
+template = Path(sys.argv[1])
+copy(template, Path(f"{template}-0"))
+before = look(f"{template}-0")
+files = os.listdir("/proc/self/fd")
+cases = itertools.product(sys.argv[2].split(), map(int, sys.argv[3].split()), map(int, sys.argv[4].split()))
+for number, (function, error, first) in enumerate(cases, 1):
+    path = copy(template, Path(f"{template}-{number}"))
+    os.environ["FAULT"] = f"{function} -shm {error} {first} 1000000"
+    try:
+        with DB.open(path, timeout=0.05) as db:
+            with db.transaction() as conn:
+                insert_run(conn, "run-new")
+        outcome = "works"
+    except OpenError as refusal:
+        outcome = f"{refusal.reason}"
+        if before[0] == "delete":
+            assert look(path) == before, (look(path), before)
+    except sqlite3.OperationalError as late:
+        outcome = f"later: {late}"
+    del os.environ["FAULT"]
+    after = look(path)
+    if outcome == "works":
+        assert after[0] == "wal" and after[2][0] == (before[2] or (0,))[0] + 1, (after, before)
+    elif not outcome.startswith("later"):
+        assert after == before, (after, before)
+    print(function, error, first, outcome)
+assert os.listdir("/proc/self/fd") == files
+"""
+
+ERRORS = (errno.ENODEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EACCES, errno.EIO)
+
+
+@pytest.mark.parametrize("make", [make_nothing, make_rollback, make_wal, make_killed])
+def test_without_shared_memory(make: Callable[[Path], None], failing_calls: dict[str, str], tmp_path: Path) -> None:
+    """A clear refusal, and the file as before: what was in rollback-journal mode can still be read there."""
+    make(tmp_path / "db")
+    functions = "mmap pwrite ftruncate open fcntl"
+    output = run(WITH_FAILING_CALLS, tmp_path / "db", functions, " ".join(map(str, ERRORS)), "0 1 2", env=failing_calls)
+    lines = [line.split(" ", 3) for line in output.splitlines()]
+    assert len(lines) == len(functions.split()) * len(ERRORS) * 3
+    names = {
+        "mmap": LACKS.format("SQLITE_IOERR_SHMMAP"),
+        "pwrite": f"no space left for its -shm (a quota, or ulimit -f), or {LACKS.format('SQLITE_IOERR_SHMSIZE')}",
+        "ftruncate": f"no space left for its -shm (a quota, or ulimit -f), or {LACKS.format('SQLITE_IOERR_SHMOPEN')}",
+        "open": "unable to open database file, its -wal or its -shm: each must be a plain file",
+        "fcntl": LACKS.format("SQLITE_IOERR_LOCK"),
+    }
+    for function, error, first, outcome in lines:
+        if first == "0" or function in ("pwrite", "fcntl"):
+            assert outcome.startswith(names[function]), (function, error, first)
+        else:  # the second call comes when the first 4,000 pages are in the WAL, or never
+            assert outcome == "works", (function, error, first)
+
+
+@pytest.mark.parametrize("first", [16, *([3] if LONG else [])])
+def test_locks_that_fail_later(first: int, failing_calls: dict[str, str], tmp_path: Path) -> None:
+    """To SQLite each of them is "busy"; for most of them SQLite tries again for ten seconds."""
+    make_nothing(tmp_path / "db")
+    output = run(WITH_FAILING_CALLS, tmp_path / "db", "fcntl", errno.ENOLCK, first, env=failing_calls)
+    words = LACKS.format(os.strerror(errno.ENOLCK) if first == 16 else "SQLITE_PROTOCOL")
+    prefix = "" if first == 16 else "another program was stopped while it opened the file, or "
+    assert output.split(" ", 3)[3].startswith(prefix + words)
+
+
+def test_no_locks_on_the_file(failing_calls: dict[str, str], tmp_path: Path) -> None:
+    """As on a network file system whose lock service doesn't run: SQLite says that it is busy."""
+    make_wal(tmp_path / "db")
+    code = """
+import os, sys
+from daemon_db import DB, OpenError
+os.environ["FAULT"] = sys.argv[2]
+try:
+    DB.open(sys.argv[1], timeout=0.05)
+except OpenError as error:
+    print(error.reason, error.sqlite_errorname)
+"""
+    said = run(code, tmp_path / "db", f"fcntl db {errno.ENOLCK} 0 1000000", env=failing_calls)
+    assert said.startswith(LACKS.format(os.strerror(errno.ENOLCK)))
+    assert said.endswith(" SQLITE_BUSY\n")
+
+
+# A moment without descriptors
+
+OPENED_TO_READ = """
+import os, sqlite3, sys, threading
+from daemon_db import DB, OpenError
+from support import insert_run, in_thread, join
+
+path, fault, where, timeout = sys.argv[1:]
+
+
+def write(name):
+    with db.transaction() as conn:
+        insert_run(conn, name)
+
+
+def try_to_open():
+    try:
+        return DB.open(path, timeout=float(timeout))
+    except OpenError as error:
+        print(error.reason)
+        return DB.open(path)
+
+
+files = len(os.listdir("/proc/self/fd"))
+if where == "the first":
+    os.environ["FAULT"] = fault
+with try_to_open() as db:
+    os.environ["FAULT"] = fault
+    write("main")
+    in_thread(lambda: write("thread"))
+    if where == "another":
+        in_thread(lambda: write("thread-2"))
+    print(*db.conn.execute("SELECT count(*) FROM runs").fetchone())
+assert len(os.listdir("/proc/self/fd")) == files
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "suffix", "where"),
+    [
+        *((make, "db", where) for make in (make_rollback, make_wal, make_killed) for where in ("the first", "another")),
+        *((make, suffix, "another") for make in (make_nothing, make_wal) for suffix in ("-wal", "-shm")),
+        *((make_killed, suffix, where) for suffix in ("-wal", "-shm") for where in ("the first", "another")),
+    ],
+)
+def test_what_sqlite_opens_for_reading_only(
+    make: Callable[[Path], None], suffix: str, where: str, failing_calls: dict[str, str], tmp_path: Path
+) -> None:
+    """For a lack of descriptors it says nothing. `open` tries again, and every thread can write."""
+    path = tmp_path / "db"
+    make(path)
+    before = 0 if make is make_nothing else 1
+    output = run(OPENED_TO_READ, path, f"open {suffix} {errno.EMFILE} 0 1", where, 5, env=failing_calls)
+    assert output == f"{before + 2 + (where == 'another')}\n"
+
+
+@pytest.mark.parametrize("suffix", ["db", "-wal", "-shm"])
+def test_without_time_to_try_again_it_is_said(suffix: str, failing_calls: dict[str, str], tmp_path: Path) -> None:
+    make_killed(tmp_path / "db")
+    fault = f"open {suffix} {errno.EMFILE} 0 1"
+    output = run(OPENED_TO_READ, tmp_path / "db", fault, "the first", 0, env=failing_calls)
+    assert output == f"{NO_DESCRIPTORS}\n3\n"
+
+
+SCARCE = """
+import os, random, resource, sqlite3, sys, threading, time
+from daemon_db import DB
+from support import append_event, insert_run, join
+
+path, seconds = sys.argv[1], float(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+db = DB.open(path)
+insert_run(db.conn)
+end = time.monotonic() + seconds
+acknowledged, errors, unexpected, lock = [], {}, [], threading.Lock()
+barrier = threading.Barrier(21)
+
+
+def append():
+    with db.transaction() as conn:
+        sequence = append_event(conn)
+    with lock:
+        acknowledged.append(sequence)
+
+
+def work():
+    while time.monotonic() < end:
+        taken = []
+        try:
+            for _ in range(random.randrange(6)):
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError:
+            pass
+        try:
+            append()
+        except sqlite3.OperationalError as error:
+            with lock:
+                errors[str(error)] = errors.get(str(error), 0) + 1
+        for descriptor in taken:
+            os.close(descriptor)
+        if random.random() < 0.2:
+            helper = threading.Thread(target=briefly)
+            try:
+                helper.start()
+            except RuntimeError:
+                continue
+            helper.join()
+    barrier.wait(60)
+    # There are enough descriptors now. A connection that can't write is found out by the first refused write.
+    for attempt in range(2):
+        try:
+            append()
+            break
+        except sqlite3.OperationalError as error:
+            if attempt or error.sqlite_errorname != "SQLITE_READONLY":
+                unexpected.append(repr(error))
+
+
+def briefly():
+    try:
+        append()
+    except sqlite3.OperationalError as error:
+        with lock:
+            errors[str(error)] = errors.get(str(error), 0) + 1
+
+
+threads = [threading.Thread(target=work) for _ in range(20)]
+for thread in threads:
+    thread.start()
+barrier.wait(120)
+join(*threads)
+db.close()
+assert not unexpected, unexpected
+with DB.open(path) as db:
+    found = [sequence for (sequence,) in db.conn.execute("SELECT sequence FROM events ORDER BY sequence")]
+    assert found == sorted(acknowledged), (len(found), len(acknowledged))
+    assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+print(len(found), errors)
+"""
+
+
+def test_scarce_descriptors(tmp_path: Path) -> None:
+    """64 of them for 20 threads: once there are some, every thread writes, and nothing acknowledged is lost."""
+    count, _, errors = run(SCARCE, tmp_path / "db", rounds(2, 30)).partition(" ")
+    print(count, errors)
+    assert int(count) > 20
+    assert errors != "{}\n"  # else they were not scarce
+
+
+# Mounted by itself
+
+IN_A_NAMESPACE = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+
+
+def can(*command: str) -> bool:
+    """Whether that can be done in a mount namespace here."""
+    try:
+        return not subprocess.run([*IN_A_NAMESPACE, *command], capture_output=True, timeout=LIMIT).returncode
+    except OSError:
+        return False
+
+
+can_mount = pytest.mark.skipif(not can("mount", "-t", "tmpfs", "none", "/tmp"), reason="this user may not mount")
+can_bindfs = pytest.mark.skipif(
+    shutil.which("bindfs") is None or not os.access("/dev/fuse", os.R_OK | os.W_OK) or os.geteuid() != 0,
+    reason="no bindfs",
+)
+
+
+def in_a_namespace(script: str, directory: Path) -> list[str]:
+    """Run a shell script in `directory`, where `daemon_db` is the command line; the lines that it wrote."""
+    script = f'set -e; daemon_db() {{ {sys.executable} -m daemon_db "$@" 2>&1 || echo status $?; }}\n{script}'
+    done = subprocess.run(
+        [*IN_A_NAMESPACE, "bash", "-c", script],
+        cwd=directory,
+        env=ENVIRONMENT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=LIMIT,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+@can_mount
+@pytest.mark.parametrize("name", ["daemon.db", "a space.db", "back\\slash.db"])
+@pytest.mark.parametrize("way", ["daemon.db", "through a link to its directory", "by a link"])
+def test_a_file_that_is_mounted_by_itself(way: str, name: str, tmp_path: Path) -> None:
+    """As by a container's `-v daemon.db:/data/daemon.db`: the -wal would stay in the container."""
+    host, data = tmp_path / "host", tmp_path / "data"
+    host.mkdir()
+    data.mkdir()
+    make_killed(host / name)
+    before = files_in(host)
+    (data / name).touch()
+    (tmp_path / "link").symlink_to(data)
+    (tmp_path / "file.db").symlink_to(data / name)
+    path = {"by a link": "file.db", "daemon.db": f"data/{name}"}.get(way, f"link/{name}")
+    script = f"""
+mount --bind 'host/{name}' 'data/{name}'
+for option in --json --check; do daemon_db "$option" '{path}'; done
+"""
+    refusal = f"daemon_db: cannot open {tmp_path}/{path}: {MOUNTED_ALONE}"
+    assert in_a_namespace(script, tmp_path) == [refusal, "status 1"] * 2
+    assert files_in(host) == before
+    assert files_in(data) == {name: b""}
+
+
+@can_mount
+def test_a_directory_that_is_mounted(tmp_path: Path) -> None:
+    """As the words say: with what is in the -wal."""
+    make_killed(tmp_path / "daemon.db")
+    (tmp_path / "host").mkdir()
+    (tmp_path / "data").mkdir()
+    script = """
+cp daemon.db daemon.db-wal host
+mount --bind host data
+daemon_db data/daemon.db
+"""
+    assert "runs           1 rows" in in_a_namespace(script, tmp_path)
+    with DB.open(tmp_path / "host" / "daemon.db") as db:
+        assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+
+
+# Shared between machines
+
+MOUNTS = r"""22 1 254:0 / / rw,relatime - ext4 /dev/vda rw
+30 22 0:40 / /srv rw shared:1 master:2 - nfs4 server:/srv rw
+31 30 0:41 / /srv/local rw - xfs /dev/vdb rw
+32 22 0:42 / /mnt/a\040b\134c rw - fuse.sshfs host:/ rw
+33 22 0:43 / /over rw - cifs //server/share rw
+34 33 0:44 / /over rw - tmpfs none rw
+35 22 0:45 /share /home/you/share rw - 9p share rw
+36 22 0:46 / /some rw - fuse bindfs rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/db", None),
+        ("/srv/db", "nfs4"),
+        ("/srv/runs/db", "nfs4"),
+        ("/srv2/db", None),
+        ("/srv/local/db", None),
+        ("/srv/local2/db", "nfs4"),
+        ("/mnt/a b\\c/db", "fuse.sshfs"),
+        ("/over/db", None),
+        ("/home/you/share/db", "9p"),
+        ("/some/db", None),
+    ],
+)
+def test_the_name_of_a_network_file_system(
+    path: str, name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mounts").write_text(MOUNTS, encoding="ascii")
+    monkeypatch.setattr(_mount, "_LIST", str(tmp_path / "mounts"))
+    assert _mount.network_file_system(path) == name
+
+
+def test_without_a_list_of_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_mount, "_LIST", str(tmp_path / "no"))
+    assert _mount.network_file_system("/db") is None
+    DB.open(tmp_path / "db").close()
+
+
+WARNED = """
+import logging, os, sys
+from daemon_db import DB
+
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+for name in sys.argv[1:]:
+    for _ in range(2):
+        DB.open(name).close()
+"""
+
+
+@can_bindfs
+def test_a_network_file_system_is_warned_of_once(tmp_path: Path) -> None:
+    """A real one of another kind, under that name."""
+    for name in ("real", "net", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "warned.py").write_text(WARNED, encoding="ascii")
+    script = f"""
+bindfs -o subtype=sshfs real net
+bindfs -o subtype=glusterfs real other
+{sys.executable} warned.py net/a.db net/b.db other/a.db c.db
+daemon_db --check net/a.db | grep 'network '
+daemon_db --json net/a.db | grep -o '"network_file_system": "[a-z.]*"'
+umount net other
+"""
+    words = "which machines may share: let the programs of one machine only have it open, because WAL mode doesn't work"
+    first, second, *rest = in_a_namespace(script, tmp_path)
+    assert first.startswith(f"{tmp_path}/net/a.db is on fuse.sshfs, {words}")
+    assert second.startswith(f"{tmp_path}/other/a.db is on fuse.glusterfs, {words}")
+    assert rest == [  # the command line warns, too, on standard error
+        "network        fuse.sshfs: only one machine's programs may have it open",
+        '"network_file_system": "fuse.sshfs"',
+    ]
+
+
+@can_bindfs
+def test_a_file_system_without_shared_memory(tmp_path: Path) -> None:
+    """FUSE with direct_io refuses mmap(), as the mounts of many containers do."""
+    for name in ("real", "mount"):
+        (tmp_path / name).mkdir()
+    make_rollback(tmp_path / "real" / "rollback.db")
+    make_wal(tmp_path / "real" / "wal.db")
+    script = """
+bindfs -o direct_io real mount
+for name in fresh rollback wal; do daemon_db mount/$name.db; done
+daemon_db --check mount/rollback.db | grep -v SQLite
+daemon_db --check mount/wal.db
+sqlite3 mount/rollback.db 'SELECT id FROM runs'
+umount mount
+"""
+    refused = "daemon_db: cannot open {}/mount/{}.db: " + LACKS.format("SQLITE_IOERR_SHMMAP")
+    lines = in_a_namespace(script, tmp_path)
+    for number, name in enumerate(("fresh", "rollback", "wal")):
+        assert lines[2 * number].startswith(refused.format(tmp_path, name))
+    assert lines[6:13] == [
+        f"path           {tmp_path}/mount/rollback.db",
+        "journal mode   delete",
+        "foreign keys   on",
+        "runs           1 rows",
+        "units          0 rows",
+        "events         0 rows",
+        "check          ok",
+    ]
+    assert lines[13].startswith(refused.format(tmp_path, "wal"))
+    assert lines[15:] == ["run-1"]
+    with DB.open(tmp_path / "real" / "wal.db") as db:
+        assert db.conn.execute("SELECT id FROM runs").fetchall() == [("run-1",)]
+
+
+# Full, and read-only
+
+
+@can_mount
+@pytest.mark.parametrize(
+    ("options", "fill"),
+    [("size=400k", "cat /dev/zero >full/fill || true"), ("nr_inodes=4", "touch full/1 full/2 full/3 || true")],
+)
+@pytest.mark.parametrize("arguments", ["", "--check "])
+def test_no_space_left(arguments: str, options: str, fill: str, tmp_path: Path) -> None:
+    make_wal(tmp_path / "daemon.db")
+    (tmp_path / "full").mkdir()
+    script = f"""
+mount -t tmpfs -o {options} none full
+cp daemon.db full
+{{ {fill}; }} 2>/dev/null
+daemon_db {arguments}full/daemon.db
+{"" if arguments else "daemon_db full/new.db"}
+rm full/[f123]*
+daemon_db {arguments}full/daemon.db | grep runs
+"""
+    said = [
+        f"daemon_db: cannot open {tmp_path}/full/{{}}: no space left in {tmp_path}/full: make some, and open it again"
+    ]
+    names = ["daemon.db"] if arguments else ["daemon.db", "new.db"]
+    expected = [line for name in names for line in (said[0].format(name), "status 1")]
+    assert in_a_namespace(script, tmp_path) == [*expected, "runs           1 rows"]
+
+
+@can_mount
+def test_a_read_only_file_system(tmp_path: Path) -> None:
+    make_wal(tmp_path / "wal.db")
+    make_rollback(tmp_path / "rollback.db")
+    (tmp_path / "fixed").mkdir()
+    script = """
+mount -t tmpfs none fixed
+cp wal.db rollback.db fixed
+mount -o remount,ro fixed
+daemon_db fixed/wal.db
+daemon_db fixed/new.db
+daemon_db --check fixed/wal.db
+daemon_db --check fixed/rollback.db | grep runs
+cp fixed/wal.db copy.db
+daemon_db --check copy.db | grep runs
+"""
+    assert in_a_namespace(script, tmp_path) == [
+        f"daemon_db: cannot open {tmp_path}/fixed/wal.db: {READ_ONLY_FILE_SYSTEM}",
+        "status 1",
+        f"daemon_db: cannot open {tmp_path}/fixed/new.db: {READ_ONLY_FILE_SYSTEM}",
+        "status 1",
+        f"daemon_db: cannot open {tmp_path}/fixed/wal.db: {NO_INDEX_ON_READ_ONLY_FILE_SYSTEM}",
+        "status 1",
+        "runs           1 rows",
+        "runs           1 rows",
+    ]
