@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from daemon_db import DB, OpenError, SchemaError
+from daemon_db.errors import AFTER_DAMAGE
 from support import LIMIT, append_event, end, insert_run, make_rollback, open_files, rounds, start
 
 SEEDS = range(rounds(300, 1000))
@@ -162,7 +163,7 @@ def test_a_header_and_garbage_is_refused_untouched(tmp_path: Path, good: dict[st
     data = good["closed"][""]
     path = write(tmp_path / "daemon.db", {"": data[:100] + random.Random(5).randbytes(len(data) - 100)})
     before = contents(path)
-    with pytest.raises(OpenError, match=r": damaged \(.+\): " + re.escape(ADVICE)):
+    with pytest.raises(OpenError, match=r": damaged \(.+\): " + re.escape(AFTER_DAMAGE)):
         DB.open(path)
     assert contents(path) == before
 
@@ -281,17 +282,11 @@ def test_a_damaged_catalogue(rollback: bytes, tmp_path: Path, name: str, column:
         with pytest.raises(SchemaError if expected == "schema" else OpenError) as caught:
             DB.open(path)
         if expected == "damaged":
-            damaged = re.escape(f"cannot open {path}: damaged (") + ".+" + re.escape(f"): {ADVICE}")
+            damaged = re.escape(f"cannot open {path}: damaged (") + ".+" + re.escape(f"): {AFTER_DAMAGE}")
             assert re.fullmatch(damaged, str(caught.value))
         if expected != "refused":  # that one is found out when the table is created, in WAL mode
             assert contents(path) == before
     assert not [file for file in open_files() if file.startswith(str(path))]
-
-
-ADVICE = (
-    "stop every program that has it open, copy the file, its -wal and its -shm away, remove its -wal and -shm, then "
-    "restore a backup; or see https://sqlite.org/recovery.html"
-)
 
 
 def test_a_backup_is_restored_as_the_message_says(tmp_path: Path, good: dict[str, Files]) -> None:
@@ -304,7 +299,8 @@ def test_a_backup_is_restored_as_the_message_says(tmp_path: Path, good: dict[str
         other.conn.execute("VACUUM INTO ?", (str(tmp_path / "backup"),))
     with pytest.raises((OpenError, SchemaError)) as caught:
         DB.open(path)
-    assert str(caught.value).endswith(ADVICE)
+    assert str(caught.value).endswith(AFTER_DAMAGE)
+    path.unlink()
     wal.unlink()
     Path(f"{path}-shm").unlink(missing_ok=True)
     shutil.copyfile(tmp_path / "backup", path)

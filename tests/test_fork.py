@@ -60,7 +60,7 @@ def test_the_child_is_refused_and_the_parent_goes_on(leave: str, tmp_path: Path)
             insert_run(db.conn)
             if not (child := fork()):
                 words = (
-                    f"<daemon_db.DB {path!r} open> was opened before a fork(), which no connection survives: "
+                    f"<DB {path!r} open> was opened before a fork(), which no connection survives: "
                     "close it in the parent before it forks, and open a new DB in the child"
                 )
                 refused(lambda: db.conn, sqlite3.ProgrammingError, words)

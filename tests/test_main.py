@@ -21,6 +21,7 @@ import pytest
 
 import daemon_db
 from daemon_db import DB, __main__, _schema
+from daemon_db.errors import AFTER_DAMAGE
 from support import (
     ENVIRONMENT,
     LIMIT,
@@ -224,12 +225,7 @@ class TestErrors:
         content = bytearray(path.read_bytes())
         content[(root - 1) * 4096] = 0xFF  # no kind of page
         path.write_bytes(content)
-        cure = (
-            "stop every program that has it open, copy the file, its -wal and its -shm away, "
-            "remove its -wal and -shm, then restore a backup; "
-            "or see https://sqlite.org/recovery.html"
-        )
-        fails(command(path), f"{path}: damaged (database disk image is malformed): {cure}")
+        fails(command(path), f"{path}: damaged (database disk image is malformed): {AFTER_DAMAGE}")
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -48,9 +48,9 @@ class TestOpen:
 
     def test_repr_says_path_and_state(self, tmp_path: Path) -> None:
         db = DB.open(tmp_path / "daemon.db")
-        assert repr(db) == f"<daemon_db.DB {str(tmp_path / 'daemon.db')!r} open>"
+        assert repr(db) == f"<DB {str(tmp_path / 'daemon.db')!r} open>"
         db.close()
-        assert repr(db) == f"<daemon_db.DB {str(tmp_path / 'daemon.db')!r} closed>"
+        assert repr(db) == f"<DB {str(tmp_path / 'daemon.db')!r} closed>"
 
     def test_each_statement_commits_by_itself(self, tmp_path: Path) -> None:
         with DB.open(tmp_path / "daemon.db") as db:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from daemon_db import DB, OpenError, SchemaError, _schema
+from daemon_db.errors import AFTER_DAMAGE
 from support import (
     CHANGES,
     LIMIT,
@@ -261,9 +262,7 @@ class TestRefused:
             ),
             (
                 make_damaged,
-                "damaged (database disk image is malformed): stop every program that has it open, copy the file, its "
-                "-wal and its -shm away, remove its -wal and -shm, then restore a backup; or see "
-                "https://sqlite.org/recovery.html",
+                f"damaged (database disk image is malformed): {AFTER_DAMAGE}",
                 "SQLITE_CORRUPT",
             ),
         ],

@@ -29,6 +29,8 @@ class State:
         self.is_open = True
         self.has_lost_wal = False
         self.turn = threading.RLock()  # an RLock knows its owner: a thread that doesn't have the turn can't release it
+        self.added: tuple[str, ...] = ()
+        """What opening has added to the file; for a file that is only read, what the next other open would add."""
         self.guard: Guard | None = None  # a database in memory or in rollback-journal mode has none
 
     def refuse_before_write(self) -> None:

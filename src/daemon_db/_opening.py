@@ -13,6 +13,7 @@ from ._place import File, Memory
 from .errors import (
     NO_DESCRIPTORS,
     REPLACED,
+    TWO_NAMES,
     WAL_REMOVED,
     OpenError,
     SchemaError,
@@ -29,8 +30,18 @@ _log = logging.getLogger("daemon_db")
 def open_first(state: State) -> Connection:
     """Open the database: create it, or bring it up to date, where that is needed."""
     conn = until_it_can_be_used(open_first_once, state)
+    if state.file.read_only and state.added:
+        conn.close()
+        raise SchemaError(state.file.path, (f"{each}: an open without read_only adds it" for each in state.added))
+    if state.added:
+        _log.info("%s: %s", state.file.path, _schema.what_was_added(state.added))
     warn_of_network_file_system(state.file)
     return conn
+
+
+def open_as_it_is(state: State) -> Connection:
+    """Open a file to look at it, though its schema may lack something. What it lacks is then in `state.added`."""
+    return until_it_can_be_used(open_first_once, state)
 
 
 def open_another(state: State) -> Connection:
@@ -80,7 +91,7 @@ def open_first_once(state: State) -> Connection:
         missing = _schema.missing(conn, file.path)
         enforce_foreign_keys(conn, file)
         if file.read_only:
-            refuse_incomplete(missing, file)
+            state.added = tuple(addition.problem for addition in missing)
             forbid_writing(conn)
             return conn
         _wal.turn_on(conn, file, state.timeout)
@@ -90,7 +101,7 @@ def open_first_once(state: State) -> Connection:
                 refuse_reading_only(conn, likely)
                 keep_wal(conn, likely)
             if missing:
-                _schema.update(conn, file.path)
+                state.added = _schema.update(conn, file.path)
     return conn
 
 
@@ -129,7 +140,8 @@ def open_another_once(state: State) -> Connection:
 def refuse_lost_wal(file: File) -> None:
     """Raise `OpenError` if this process has lost the file's WAL: SQLite would read a new WAL by the old index."""
     if _guard.is_lost(file):
-        raise OpenError(file.path, WAL_REMOVED)
+        name = _process.other_name(file)
+        raise OpenError(file.path, f"this process has it open as {name}: {TWO_NAMES}" if name else WAL_REMOVED)
 
 
 def read_first(conn: sqlite3.Connection) -> None:
@@ -191,14 +203,6 @@ def enforce_foreign_keys(conn: sqlite3.Connection, file: File) -> None:
 def forbid_writing(conn: sqlite3.Connection) -> None:
     """Let SQLite refuse every write (https://sqlite.org/pragma.html#pragma_query_only)."""
     conn.execute("PRAGMA query_only=ON")
-
-
-def refuse_incomplete(missing: tuple[_schema.Addition, ...], file: File) -> None:
-    """Raise `SchemaError` for a file that would have to be brought up to date."""
-    if missing:
-        raise SchemaError(
-            file.path, (f"{addition.problem}: an open without read_only (or --check) adds it" for addition in missing)
-        )
 
 
 _known_devices: set[int] = set()

@@ -38,10 +38,11 @@ class File:
 
     journal_mode = "wal"
 
-    def __init__(self, path: str, read_only: bool) -> None:
+    def __init__(self, path: str, read_only: bool, create: bool) -> None:
         self.path = path
         self.real_path = path
         self.read_only = read_only
+        self.create = create
         self.id: FileId | None = None
         self._opens_to_write = not read_only
 
@@ -75,7 +76,7 @@ class File:
         if not isinstance(error, FileNotFoundError):  # links in a circle, a name that is too long, no permission
             forbidden = isinstance(error, PermissionError) and self._forbidden_directory()
             raise OpenError(self.path, forbidden or str(error.strerror)) from error
-        if self.read_only:
+        if self.read_only or not self.create:
             raise OpenError(self.path, "it does not exist") from error
         self.real_path = os.path.realpath(self.path)
         if too_long := self._journal_name_too_long():  # SQLite would create the file, and then not the journal
@@ -253,7 +254,7 @@ class Memory(File):
     journal_mode = "memory"
 
     def __init__(self) -> None:
-        super().__init__(MEMORY, read_only=False)
+        super().__init__(MEMORY, read_only=False, create=True)
         self.is_shared = sqlite3.sqlite_version_info >= (3, 36)
         self.real_path = f"/daemon_db-{os.urandom(16).hex()}"
         self._anchors: list[sqlite3.Connection] = []
@@ -288,13 +289,15 @@ class Memory(File):
     def reason(self, error: Exception) -> None: ...
 
 
-def locate(path: str | os.PathLike[str], read_only: bool) -> File:
+def locate(path: str | os.PathLike[str], read_only: bool, create: bool = True) -> File:
     """What `path` names: made absolute, because daemons change directory. Nothing is looked at yet."""
     name = os.fspath(path)
     if not isinstance(name, str):
         raise TypeError(f"path must be str or os.PathLike[str], not {type(path).__name__}")
     if not name or "\0" in name:
         raise ValueError(f"path must be a file name, not {name!r}")
+    if name.startswith("file:"):
+        raise ValueError(f"path must be a file name, not a URI: a file of that name is './{name}'")
     if name == MEMORY:
         if read_only:
             raise ValueError(f"read_only is for files: a {MEMORY} database begins empty")
@@ -304,7 +307,7 @@ def locate(path: str | os.PathLike[str], read_only: bool) -> File:
             name = os.path.join(os.getcwd(), name)  # abspath() would take "link/.." for "."
         except OSError as error:
             raise OpenError(name, f"the working directory: {error.strerror}") from error
-    return File(name, read_only)
+    return File(name, read_only, create)
 
 
 def find_id(path: str | int) -> FileId | None:

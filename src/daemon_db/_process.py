@@ -51,6 +51,14 @@ def refuse_inherited(file: File) -> None:
         )
 
 
+def other_name(file: File) -> str | None:
+    """By which other name this process has the file open. A file that has two names (hard links) has a WAL for each."""
+    for other in list(open_files.values()):
+        if other.id == file.id and os.path.realpath(other.real_path) != os.path.realpath(file.real_path):
+            return other.path if other.is_there() else None
+    return None
+
+
 def refuse_index_in_use(file: File) -> None:
     """Raise `OpenError` if the -shm beside this file is one that this process uses for the file that was here before.
 

@@ -180,8 +180,8 @@ def missing(conn: sqlite3.Connection, path: str) -> tuple[Addition, ...]:
     return additions
 
 
-def update(conn: sqlite3.Connection, path: str) -> None:
-    """Add what is missing, in one transaction. Whatever fails, the tables and their rows are as they were.
+def update(conn: sqlite3.Connection, path: str) -> tuple[str, ...]:
+    """Add what is missing, in one transaction; return that. Whatever fails, the tables and their rows are as they were.
 
     It takes as long as its statements: for a column no time, however many rows there are, unless it has a CHECK
     constraint; for an index a pass over the rows (https://sqlite.org/lang_altertable.html#alter_table_add_column).
@@ -189,14 +189,23 @@ def update(conn: sqlite3.Connection, path: str) -> None:
     """
     try:
         conn.execute("BEGIN IMMEDIATE")
-        for addition in missing(conn, path):  # asked again: another process may have been quicker
+        additions = missing(conn, path)  # asked again: another process may have been quicker
+        for addition in additions:
             _add(conn, path, addition)
         if lacks := _what_it_lacks(conn, path):  # such as UNIQUE (a, b), where a and b are new columns
             raise _can_not_be_added(path, "; ".join(lacks), "ALTER TABLE adds columns, and no constraints of a table")
         conn.execute("COMMIT")
+        return tuple(addition.problem for addition in additions)
     finally:
         if conn.in_transaction:
             conn.execute("ROLLBACK")
+
+
+def what_was_added(problems: tuple[str, ...]) -> str:
+    """What `update` returned, in a few words."""
+    if len(problems) == len(expected().objects):
+        return "created"
+    return f"added {', '.join(problem.partition(':')[0] for problem in problems)}"
 
 
 def _add(conn: sqlite3.Connection, path: str, addition: Addition) -> None:
@@ -270,7 +279,8 @@ def _table_differences(name: str, wanted: Table, found: Table) -> Iterator[str]:
         # A row that has NULL in one of its columns passes UNIQUE and a foreign key. Statements written for `schema.sql`
         # leave NULL in a nullable extra column.
         if not found.constraints[constraint] & extra & found.nullable:
-            yield f"{name}: extra {constraint}"
+            index = found.unique_indexes.get(constraint)  # by its name, so that it can be dropped
+            yield f"{index}: extra {constraint} on {name}" if index else f"{name}: extra {constraint}"
     for index, declaration in wanted.indexes.items():
         if found.indexes.get(index, declaration) != declaration:
             yield f"{index}: {found.indexes[index]}, should be {declaration}"

@@ -106,7 +106,10 @@ class Checkpoints:
             if _empty(conn):
                 self._limit = LIMIT  # now, not at the next look: one commit alone may be larger than the limit
                 return None
-            reason = "a reader is in the way: a SELECT half read, or a transaction left open, here or elsewhere"
+            reason = (
+                "a reader is in the way, here or in another process: a SELECT half read, a transaction left open, or a "
+                "program that always reads, such as Litestream"
+            )
         except sqlite3.Error as error:  # the commit is made all the same
             reason = str(error)
         return f"{self._file.path}: the WAL has {size // 10**6} MB and can't be emptied: {reason}"

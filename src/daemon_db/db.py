@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sqlite3
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,7 +13,16 @@ from typing import Never, Self
 from . import _opening, _place, _process
 from ._connection import Connection, State, close_unused, references, thread
 from ._wal import Checkpoints
-from .errors import NO_DESCRIPTORS, WAL_REMOVED, OpenError, locked, primary_code
+from .errors import (
+    NO_DESCRIPTORS,
+    NO_TRANSACTION,
+    WAL_REMOVED,
+    OpenError,
+    is_busy,
+    locked,
+    primary_code,
+    whom_it_waited_for,
+)
 
 _log = logging.getLogger("daemon_db")
 
@@ -38,6 +48,7 @@ class DB:
         timeout: float = 5.0,
         on_connect: Callable[[sqlite3.Connection], object] | None = None,
         read_only: bool = False,
+        create: bool = True,
     ) -> Self:
         """Create or open the database at `path`: in WAL mode, foreign keys enforced, the schema in place.
 
@@ -49,6 +60,7 @@ class DB:
         a row factory refers to `conn`, another thread's `close()` doesn't close the connection before its thread ends.
         `read_only=True` writes nothing to the database, and needs no permission to write the file. The file's schema
         must be complete. This is for looking at a daemon's database, or at what a dead daemon left.
+        `create=False` creates no file: for a command that must not make a database of a mistyped path.
 
         A subclass gets its own type; its `__init__` isn't called.
 
@@ -62,7 +74,7 @@ class DB:
         if not 0 <= timeout <= _LONGEST_TIMEOUT:
             raise ValueError(f"timeout must be from 0 to {_LONGEST_TIMEOUT} seconds, not {timeout!r}")
         db = cls.__new__(cls)
-        db._open(State(_place.locate(path, read_only), float(timeout)), on_connect)
+        db._open(State(_place.locate(path, read_only, create), float(timeout)), on_connect)
         return db
 
     def _open(self, state: State, on_connect: Callable[[sqlite3.Connection], object] | None) -> None:
@@ -102,10 +114,11 @@ class DB:
         `timeout` for other processes. The end of the block commits. Any exception in the block rolls back, and is
         raised again. If an exception comes after COMMIT, a signal's for instance, the commit is made all the same.
 
-        Raises `sqlite3.OperationalError`: "database is locked" after `timeout`, and inside of another transaction
-        "cannot start a transaction within a transaction". Raises what `conn` raises. Raises what COMMIT raises, and
-        rolls back. Raises `OpenError` if the file or its WAL was removed or replaced: nobody else sees what is
-        committed there. If it is the WAL, this `DB` has come to its end, for all threads.
+        Raises `sqlite3.OperationalError`: "database is locked" after `timeout` (a note on the error says for whom it
+        waited), and inside of another transaction "cannot start a transaction within a transaction". Raises what `conn`
+        raises. Raises what COMMIT raises, and rolls back. Raises `OpenError` if the file or its WAL was removed or
+        replaced: nobody else sees what is committed there, so look after the restart what was. If it is the WAL, this
+        `DB` has come to its end, for all threads.
 
         If a signal's exception strikes in the very instructions that begin or end the block, the rollback may wait
         until the exception's traceback is gone. Usually that is the end of the `except` clause.
@@ -120,13 +133,20 @@ class DB:
             conn.execute("BEGIN IMMEDIATE")  # raises SQLite's own refusal; the outer transaction can go on
         try:
             if not state.turn.acquire(timeout=state.timeout):
-                raise locked()
+                raise locked(
+                    f"{self.path}: waited {state.timeout} s for another thread's transaction() in this process"
+                )
             self._refuse_use()  # another thread may have closed the DB meanwhile
             self._begin(conn)
             yield conn
             self._refuse_fork()
             state.refuse_lost_index()
-            conn.execute("COMMIT")
+            try:
+                conn.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                if not conn.in_transaction:
+                    error.add_note(f"{self.path}: {NO_TRANSACTION}")
+                raise
             state.refuse_unseen_commit()
             warning = self._checkpoints.after_commit(conn)
         # Python runs signal handlers where a Python function begins, and not where a method begins that is C code. So
@@ -147,6 +167,42 @@ class DB:
                 pass  # this thread did not get the turn, or conn.close() has given it back
         if warning:
             _log.warning(warning)  # after the turn was given back: a handler may be slow, or write to this database
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """Reads as of one moment: `with db.snapshot() as conn:`, where `conn` is the calling thread's connection.
+
+        All reads in the block see the database as it was when the block began, whatever others commit meanwhile. A
+        write in the block is `sqlite3.OperationalError`, "attempt to write a readonly database". Writers are not held
+        up; but the WAL can't be emptied until the block ends, so keep it short.
+
+        Raises `sqlite3.OperationalError`, "cannot start a transaction within a transaction", inside of
+        `transaction()` or of another snapshot, and "database is locked" if the file can't be read within `timeout`.
+        Raises what `conn` raises. Afterwards, also after an exception, the thread is in autocommit mode.
+
+        https://sqlite.org/isolation.html, https://sqlite.org/pragma.html#pragma_query_only.
+        """
+        conn = self._connection()
+        if conn.in_transaction:
+            conn.execute("BEGIN")  # raises SQLite's own refusal; the outer transaction can go on
+        cursor = sqlite3.Cursor(conn)
+        cursor.row_factory = None  # the caller's may make anything of a row
+        (query_only,) = cursor.execute("PRAGMA query_only").fetchone()
+        put_back = f"PRAGMA query_only={query_only}"
+        try:
+            conn.execute("PRAGMA query_only=ON")
+            conn.execute("BEGIN")
+            cursor.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()  # BEGIN alone fixes nothing
+            yield conn
+        finally:
+            # As in transaction(): methods that are C code, which no signal's exception keeps from being called.
+            if self._state.pid == _process.pid:
+                try:
+                    if conn.in_transaction:
+                        conn.execute("ROLLBACK")
+                    conn.execute(put_back)
+                except sqlite3.Error:  # another thread has closed this generator, or the caller the connection
+                    conn.close()  # so that the thread gets a new one: nothing is lost, what was read was read
 
     def close(self) -> None:
         """Close the calling thread's connection, and refuse any later use. Any thread may call it, and more than once.
@@ -169,18 +225,24 @@ class DB:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<daemon_db.DB {self.path!r} {'open' if self._state.is_open else 'closed'}>"
+        return f"<{type(self).__qualname__} {self.path!r} {'open' if self._state.is_open else 'closed'}>"
 
     def __reduce__(self) -> Never:
         raise TypeError(f"cannot copy or pickle {self!r}: open a DB there")
 
     def _begin(self, conn: Connection) -> None:
+        start = time.monotonic()
         try:
             conn.execute("BEGIN IMMEDIATE")
         except sqlite3.DatabaseError as error:
+            waited = time.monotonic() - start
+            if is_busy(error):
+                error.add_note(f"{self.path}: {whom_it_waited_for(error, waited, self._state.timeout)}")
             self._state.end_if_wal_is_lost()  # SQLite's own words for a lost WAL may be "malformed"
             if primary_code(error) == sqlite3.SQLITE_READONLY and not self._state.file.read_only:
-                error.add_note(f"{NO_DESCRIPTORS}. This thread's next use of the DB opens another connection")
+                error.add_note(
+                    f"{self.path}: {NO_DESCRIPTORS}. This thread's next use of the DB opens another connection"
+                )
                 conn.is_usable = False
             raise
         self._state.refuse_before_write()

@@ -35,6 +35,10 @@ class SchemaError(sqlite3.DatabaseError):
         return "\n".join((f"the schema of {self.path} does not fit:", *self.problems))
 
 
+NO_TRANSACTION = (
+    "the block itself committed or rolled back (executescript() and `with conn:` commit), or SQLite rolled back after "
+    "an error that the block caught"
+)
 # What is left in the old file's WAL would be written over the new file. And if another program has begun a new WAL
 # meanwhile, to remove that one destroys the program's commits: so every program is stopped first.
 _BEGIN_ANEW = (
@@ -49,6 +53,7 @@ WAL_REMOVED = (
     "and its -shm away; start again, and remove nothing. If nobody removed them by hand, something in one of these "
     "programs has opened the file without SQLite or by another SQLite library, and closed it"
 )
+TWO_NAMES = "each of a file's names (hard links) has a WAL of its own, and commits get lost. Open it by one name only"
 MOUNTED_ALONE = (
     "it is mounted by itself, so its -wal, with the newest commits, would lie in the container and go with the "
     "container. Stop every program that has it open, copy it and the -wal beside it, if there is one, into a "
@@ -60,6 +65,12 @@ READ_ONLY_FILE_SYSTEM = (
 NO_DESCRIPTORS = (
     "SQLite could open it, its -wal or its -shm for reading only, because the process had no free file descriptor: "
     "raise the limit (ulimit -n), or open fewer files"
+)
+# A WAL belongs to one file: what is left in the damaged file's WAL would be written over the backup.
+AFTER_DAMAGE = (
+    "stop every program that has it open; copy the file, its -wal and its -shm away, all together, because the -wal "
+    "has the newest commits; then remove the three, and put a backup here, or what can be salvaged from the copies "
+    '(see "Damage" in the README)'
 )
 HOT_JOURNAL = "a killed process left a rollback journal, to be played back first: open it once without read_only"
 NO_INDEX = (
@@ -96,13 +107,11 @@ def open_error(path: str, reason: str, cause: Exception) -> OpenError:
 
 def in_words(error: Exception, timeout: float = 5.0) -> str:
     """What `error` means for a file, and what to do."""
-    # SQLite's message may quote bytes of the file that are no text: then Python raises a UnicodeDecodeError.
-    if isinstance(error, UnicodeDecodeError) or primary_code(error) == sqlite3.SQLITE_CORRUPT:
-        # A WAL belongs to one file: what is left in the damaged file's WAL would be written over the backup.
-        return (
-            f"damaged ({error}): stop every program that has it open, copy the file, its -wal and its -shm away, "
-            "remove its -wal and -shm, then restore a backup; or see https://sqlite.org/recovery.html"
-        )
+    if isinstance(error, UnicodeDecodeError):  # SQLite's message quotes bytes of the file that are no text
+        said = error.object.decode("utf-8", "replace")
+        return f"damaged ({said}): {AFTER_DAMAGE}" if "malformed" in said else said
+    if primary_code(error) == sqlite3.SQLITE_CORRUPT:
+        return f"damaged ({error}): {AFTER_DAMAGE}"
     if getattr(error, "sqlite_errorcode", 0) in (sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMSIZE):
         # SQLite has found no room for the -shm, for whatever reason.
         return f"no space left for its -shm (a quota, or ulimit -f), or {lacks_shared_memory(error)}"
@@ -137,8 +146,18 @@ def is_busy(error: Exception) -> bool:
     return primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
-def locked() -> sqlite3.OperationalError:
+def locked(note: str) -> sqlite3.OperationalError:
     """The error that SQLite raises when the busy timeout has passed."""
     error = sqlite3.OperationalError("database is locked")
     error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_BUSY, "SQLITE_BUSY"
+    error.add_note(note)
     return error
+
+
+def whom_it_waited_for(error: sqlite3.Error, waited: float, timeout: float) -> str:
+    """Why BEGIN IMMEDIATE was "busy". While this thread reads, SQLite doesn't wait for another one that writes."""
+    if error.sqlite_errorcode == sqlite3.SQLITE_BUSY_SNAPSHOT or waited < timeout / 2:
+        return "this thread has a SELECT that is half read, and another connection has written: fetchall() first"
+    return (
+        f"waited {waited:.1f} s for another connection that writes: another process's, or `db.conn` of another thread"
+    )
