@@ -207,7 +207,7 @@ CONSTRAINT_CONFLICTS = {
         schema(runs=(RUNS_UNIQUE, ""))
         + "CREATE UNIQUE INDEX nocase ON runs(feature_branch COLLATE nocase, repo_path);",
         NO_RUNS_UNIQUE,
-        "runs: extra unique constraint (feature_branch COLLATE NOCASE, repo_path)",
+        "runs: extra unique constraint (feature_branch COLLATE NOCASE, repo_path), by the index nocase",
     ),
     "primary key with another collation": (
         schema(runs=("PRIMARY KEY", "PRIMARY KEY COLLATE NOCASE")),
@@ -218,7 +218,7 @@ CONSTRAINT_CONFLICTS = {
         schema(runs=(RUNS_UNIQUE, ""))
         + "CREATE UNIQUE INDEX part ON runs(feature_branch, repo_path) WHERE status = 'running';",
         NO_RUNS_UNIQUE,
-        "runs: extra unique constraint (feature_branch, repo_path) WHERE ...",
+        "runs: extra unique constraint (feature_branch, repo_path) WHERE ..., by the index part",
     ),
     "unique constraint narrower": (
         schema(units=("UNIQUE(run_id, unit_id)", "UNIQUE(unit_id)")),
@@ -244,31 +244,31 @@ CONSTRAINT_CONFLICTS = {
     ),
     "extra unique index on our columns": (
         SQL + "CREATE UNIQUE INDEX one_each ON events(unit_id, event_type);",
-        "events: extra unique constraint (event_type, unit_id)",
+        "events: extra unique constraint (event_type, unit_id), by the index one_each",
     ),
     "extra unique index, partial": (
         SQL + "CREATE UNIQUE INDEX one_running ON runs(repo_path) WHERE status = 'running';",
-        "runs: extra unique constraint (repo_path) WHERE ...",
+        "runs: extra unique constraint (repo_path) WHERE ..., by the index one_running",
     ),
     "extra unique index on an expression": (
         SQL + "CREATE UNIQUE INDEX lowered ON runs(lower(repo_path));",
-        "runs: extra unique constraint (<expression>)",
+        "runs: extra unique constraint (<expression>), by the index lowered",
     ),
     "extra unique index on an extra column with a default": (
         SQL + "ALTER TABLE runs ADD kind TEXT DEFAULT 'x'; CREATE UNIQUE INDEX kinds ON runs(kind);",
-        "runs: extra unique constraint (kind)",
+        "runs: extra unique constraint (kind), by the index kinds",
     ),
     "extra unique index on an expression of an extra nullable column": (
         SQL + "ALTER TABLE runs ADD kind TEXT; CREATE UNIQUE INDEX kinds ON runs(coalesce(kind, 'x'));",
-        "runs: extra unique constraint (<expression>)",
+        "runs: extra unique constraint (<expression>), by the index kinds",
     ),
     "extra unique index on an expression, beside a column of that name": (
         SQL + 'ALTER TABLE runs ADD "<expression>" TEXT; CREATE UNIQUE INDEX lowered ON runs(lower(repo_path));',
-        "runs: extra unique constraint (<expression>)",
+        "runs: extra unique constraint (<expression>), by the index lowered",
     ),
     "extra unique index on an extra generated column": (
         SQL + "ALTER TABLE runs ADD kind TEXT AS (lower(repo_path)); CREATE UNIQUE INDEX kinds ON runs(kind);",
-        "runs: extra unique constraint (kind)",
+        "runs: extra unique constraint (kind), by the index kinds",
     ),
     "extra column NOT NULL without a default": (
         schema(runs=("config_json TEXT", "config_json TEXT, daemon_version TEXT NOT NULL")),
@@ -339,7 +339,7 @@ OBJECT_CONFLICTS = {
     ),
     "index unique": (
         schema(idx_runs_status=("CREATE INDEX", "CREATE UNIQUE INDEX")),
-        "runs: extra unique constraint (status)",
+        "runs: extra unique constraint (status), by the index idx_runs_status",
         "idx_runs_status: unique index on runs(status), should be index on runs(status)",
     ),
     "index unique over an existing constraint": (

@@ -6,14 +6,18 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import shutil
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -59,22 +63,26 @@ def fails(done: subprocess.CompletedProcess[str], message: str) -> None:
 
 
 HAS_BUG = __main__.has_wal_reset_bug(sqlite3.sqlite_version_info)
-SQLITE = sqlite3.sqlite_version + ("  (has the WAL-reset bug: see the README)" if HAS_BUG else "")
+SQLITE = sqlite3.sqlite_version + ('  (see "The WAL-reset bug" in the README)' if HAS_BUG else "")
 
 
 class TestWhatItFinds:
     def test_it_creates_a_database(self, tmp_path: Path) -> None:
-        for _ in range(2):
+        for opened in "opened         created\n", "":
             done = command(tmp_path / "daemon.db")
             assert (done.returncode, done.stderr) == (0, "")
-            assert done.stdout == (
-                f"path           {tmp_path / 'daemon.db'}\n"
-                f"SQLite         {SQLITE}\n"
-                "journal mode   wal\n"
-                "foreign keys   on\n"
-                "runs           0 rows\n"
-                "units          0 rows\n"
-                "events         0 rows\n"
+            assert (
+                done.stdout
+                == (
+                    f"path           {tmp_path / 'daemon.db'}\n"
+                    f"SQLite         {SQLITE}\n"
+                    "journal mode   wal\n"
+                    "foreign keys   on\n"
+                    "runs           0 rows\n"
+                    "units          0 rows\n"
+                    "events         0 rows\n"
+                )
+                + opened
             )
             assert list(files_in(tmp_path)) == ["daemon.db"]
 
@@ -100,7 +108,7 @@ class TestWhatItFinds:
             "journal_mode": "wal",
             "foreign_keys": True,
             "rows": {"runs": 1, "units": 0, "events": 2},
-        } | ({"problems": []} if check else {})
+        } | ({"to_add": [], "damaged": False, "problems": []} if check else {"added": []})
 
     @pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command-line program")
     @pytest.mark.parametrize("check", [[], ["--check"]])
@@ -149,9 +157,7 @@ class TestCheckWritesNothing:
     def test_an_empty_file_is_no_database_yet(self, tmp_path: Path) -> None:
         path = tmp_path / "daemon.db"
         path.touch()
-        done = command("--check", path)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-        assert done.stderr.startswith(f"daemon_db: the schema of {path} does not fit: ")
+        fails(command("--check", path), f"{path} is empty: no database yet")
         assert files_in(tmp_path) == {"daemon.db": b""}
 
     @pytest.mark.parametrize("make", [make_wal, make_rollback])
@@ -166,7 +172,7 @@ class TestCheckWritesNothing:
         (tmp_path / "daemon.db-shm").unlink()  # with it, the index would be recovered in there
         before = files_in(tmp_path)
         done = command("--check", tmp_path / "daemon.db")
-        assert report(done.stdout)["runs"] == "1 rows"
+        assert report(done.stdout)["runs"] == "1 row"
         assert {name: data for name, data in files_in(tmp_path).items() if not name.endswith("-shm")} == before
 
     def test_beside_a_running_daemon(self, tmp_path: Path) -> None:
@@ -175,7 +181,7 @@ class TestCheckWritesNothing:
             with db.transaction() as conn:
                 append_event(conn)
                 lines = report(command("--check", tmp_path / "daemon.db").stdout)
-            assert (lines["runs"], lines["events"], lines["check"]) == ("1 rows", "0 rows", "ok")
+            assert (lines["runs"], lines["events"], lines["check"]) == ("1 row", "0 rows", "ok")
 
 
 class TestErrors:
@@ -211,7 +217,7 @@ class TestErrors:
             assert done.stderr == (
                 f"daemon_db: the schema of {path} does not fit: "
                 "runs.error: missing column; runs.failure: extra column, where another is missing: renamed?; "
-                "runs: extra unique constraint (status)\n"
+                "runs: extra unique constraint (status), by the index one\n"
             )
 
     def test_a_name_of_two_lines(self, tmp_path: Path) -> None:
@@ -240,10 +246,233 @@ class TestErrors:
     def test_wrong_usage(self, arguments: list[str], message: str, tmp_path: Path) -> None:
         done = command(*arguments, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
-        usage, error = done.stderr.splitlines()
-        assert usage == "usage: python -m daemon_db [-h] [--check] [--json] [--version] PATH"
+        *usage, error = done.stderr.splitlines()
+        assert " ".join("".join(usage).split()) == (
+            "usage: python -m daemon_db [-h] [--check | --backup DEST] [--json] [--version] PATH"
+        )
         assert error == f"python -m daemon_db: error: {message}"
         assert files_in(tmp_path) == {}
+
+
+class TestOlderFiles:
+    def make_older(self, path: Path) -> None:
+        with closing(sqlite3.connect(path)) as conn:
+            conn.executescript(f"{_schema.SQL} DROP INDEX idx_units_status; DROP TABLE events")
+
+    def test_check_says_what_the_next_open_adds(self, tmp_path: Path) -> None:
+        self.make_older(tmp_path / "daemon.db")
+        before = files_in(tmp_path)
+        added = "events, idx_units_status, idx_events_run_id, idx_events_sequence"
+        done = command("--check", tmp_path / "daemon.db")
+        lines = report(done.stdout)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (lines["events"], lines["next open"], lines["check"]) == ("unknown", f"adds {added}", "ok")
+        to_add = json.loads(command("--check", "--json", tmp_path / "daemon.db").stdout)["to_add"]
+        assert [line.partition(":")[0] for line in to_add] == added.split(", ")
+        assert files_in(tmp_path) == before
+        assert report(command(tmp_path / "daemon.db").stdout)["opened"] == f"added {added}"
+        assert "next open" not in report(command("--check", tmp_path / "daemon.db").stdout)
+
+
+class TestFailuresAsJson:
+    @pytest.mark.parametrize("option", [[], ["--check"], ["--backup", "copy.db"]])
+    def test_as_on_standard_error(self, option: list[str], tmp_path: Path) -> None:
+        done = command("--json", *option, "no/daemon.db", cwd=tmp_path)
+        error = f"cannot open {tmp_path}/no/daemon.db: parent directory {tmp_path}/no does not exist"
+        assert (done.returncode, done.stderr) == (1, f"daemon_db: {error}\n")
+        assert json.loads(done.stdout) == {"path": f"{tmp_path}/no/daemon.db", "error": error}
+        assert files_in(tmp_path) == {}
+
+    def test_of_the_check(self, tmp_path: Path) -> None:
+        make_wal(tmp_path / "daemon.db")
+        damage(tmp_path / "daemon.db", "runs")
+        done = command("--json", "--check", tmp_path / "daemon.db")
+        found = json.loads(done.stdout)
+        assert done.stderr == f"daemon_db: {found['error']}\n"
+        assert (done.returncode, found["rows"], found["damaged"]) == (1, {"runs": 1, "units": 0, "events": 0}, True)
+
+
+def damage(path: Path, table: str) -> int:
+    """Overwrite the table's first page; the page's number."""
+    with closing(sqlite3.connect(path)) as conn:
+        (page,) = conn.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)).fetchone()
+    with open(path, "r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"\xff" * 4096)
+    return int(page)
+
+
+BESIDE = (
+    " lies beside it, and would be played back over the copy. If no program has that database open, move both away; or "
+    "take another name"
+)
+
+
+class TestBackup:
+    def test_beside_writers_it_is_of_one_moment(self, tmp_path: Path) -> None:
+        """Each commit writes a run and an event: in the copy are as many of both."""
+        path, copy = tmp_path / "daemon.db", tmp_path / "copy.db"
+        stop = threading.Event()
+
+        def write(number: int) -> int:
+            count = 0
+            while not stop.is_set():
+                with db.transaction() as conn:
+                    insert_run(conn, f"run-{number}-{count}")
+                    append_event(conn, f"run-{number}-{count}")
+                count += 1
+            return count
+
+        with DB.open(path) as db, ThreadPoolExecutor(4) as pool:
+            writers = [pool.submit(write, number) for number in range(4)]
+            try:
+                counts = []
+                for _ in range(5):
+                    done = command("--backup", copy, path)
+                    assert (done.returncode, done.stderr) == (0, "")
+                    assert report(done.stdout)["backup"] == str(copy)
+                    assert report(done.stdout)["check"] == "ok"
+                    with DB.open(copy, read_only=True) as backup:
+                        runs, events = (
+                            backup.conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+                            for table in ("runs", "events")
+                        )
+                        assert runs == events
+                        counts.append(runs)
+            finally:
+                stop.set()
+            assert counts == sorted(counts)
+            assert sum(writer.result(LIMIT) for writer in writers) >= counts[-1] > 0
+        assert sorted(os.listdir(tmp_path)) == ["copy.db", "daemon.db"]
+
+    @pytest.mark.parametrize("make", [make_wal, make_rollback, make_killed])
+    def test_the_database_stays_as_it_is(self, make: Callable[[Path], None], tmp_path: Path) -> None:
+        path = tmp_path / "daemon.db"
+        make(path)
+        before = files_in(tmp_path)
+        (tmp_path / "copy").mkdir()
+        done = command("--backup", tmp_path / "copy" / "copy.db", path)
+        assert (done.returncode, done.stderr) == (0, "")
+        after = files_in(tmp_path)
+        for name in before.keys() - {"daemon.db-shm"}:  # the WAL's index is made anew in there
+            assert after[name] == before[name]
+        copy = report(command("--check", tmp_path / "copy" / "copy.db").stdout)
+        assert (copy["runs"], copy["journal mode"], copy["check"]) == ("1 row", "delete", "ok")
+        assert os.listdir(tmp_path / "copy") == ["copy.db"]
+
+    @pytest.mark.parametrize(("umask", "mode", "copied"), [(0o022, 0o640, 0o640), (0o077, 0o644, 0o600)])
+    def test_who_may_read_it(self, umask: int, mode: int, copied: int, tmp_path: Path) -> None:
+        make_wal(tmp_path / "daemon.db")
+        (tmp_path / "daemon.db").chmod(mode)
+        command("--backup", tmp_path / "copy.db", tmp_path / "daemon.db", preexec_fn=lambda: os.umask(umask))
+        assert stat.S_IMODE((tmp_path / "copy.db").stat().st_mode) == copied
+
+    @pytest.mark.parametrize(
+        ("destination", "message"),
+        [
+            ("daemon.db", "it is the database itself, or belongs to it"),
+            ("hard.db", "it is the database itself, or belongs to it"),
+            ("link.db", "it is the database itself, or belongs to it"),
+            ("daemon.db-wal", "it is the database itself, or belongs to it"),
+            ("daemon.db-shm", "it is the database itself, or belongs to it"),
+            ("directory", "it is a directory, and must be a file name"),
+            ("used.db", "{target}-wal" + BESIDE),
+            ("hot.db", "{target}-journal" + BESIDE),
+        ],
+    )
+    def test_what_would_do_harm_is_refused(self, destination: str, message: str, tmp_path: Path) -> None:
+        path = tmp_path / "daemon.db"
+        make_wal(path)
+        os.link(path, tmp_path / "hard.db")
+        (tmp_path / "link.db").symlink_to(path)
+        (tmp_path / "directory").mkdir()
+        make_killed(tmp_path / "used.db")
+        make_hot(tmp_path / "hot.db")
+        before = files_in(tmp_path)
+        target = (tmp_path / destination).resolve()
+        fails(
+            command("--backup", tmp_path / destination, path), f"cannot write {target}: {message.format(target=target)}"
+        )
+        assert files_in(tmp_path) == before
+
+    def test_where_it_can_not_be_written(self, tmp_path: Path) -> None:
+        make_wal(tmp_path / "daemon.db")
+        done = command("--backup", tmp_path / "no" / "copy.db", tmp_path / "daemon.db")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert done.stderr.startswith(f"daemon_db: {tmp_path}/no/copy.db.part-")
+        assert command("--backup", "", tmp_path / "daemon.db").returncode == 2
+
+    def test_what_is_there_is_replaced_or_stays(self, tmp_path: Path) -> None:
+        path, copy = tmp_path / "daemon.db", tmp_path / "copy.db"
+        make_wal(path)
+        copy.write_text("something else", encoding="ascii")
+        (tmp_path / "link.db").symlink_to(copy)
+        assert command("--backup", tmp_path / "link.db", path).returncode == 0
+        assert (tmp_path / "link.db").is_symlink()
+        good = copy.read_bytes()
+        page = damage(path, "runs")
+        done = command("--backup", copy, path)
+        assert (done.returncode, report(done.stdout)["check"]) == (1, "failed")
+        assert re.search(
+            rf"failed the check: .*[Pp]age {page}\b.*: no backup was written; stop every program", done.stderr
+        )
+        assert copy.read_bytes() == good
+        with DB.open(copy) as db:
+            assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+        assert sorted(os.listdir(tmp_path)) == ["copy.db", "daemon.db", "link.db"]
+
+    def test_rows_without_their_run_are_copied_and_said(self, tmp_path: Path) -> None:
+        """A backup of them is better than none."""
+        path = tmp_path / "daemon.db"
+        TestDamage().make_orphans(path, 1)
+        done = command("--backup", tmp_path / "copy.db", path)
+        assert (done.returncode, report(done.stdout)["backup"]) == (1, str(tmp_path / "copy.db"))
+        assert "events row 1 refers to a row of runs that isn't there" in done.stderr
+
+    def test_without_space_and_interrupted(self, tmp_path: Path) -> None:
+        path, copy = tmp_path / "daemon.db", tmp_path / "copy.db"
+        with DB.open(path) as db:
+            insert_run(db.conn)
+            db.conn.execute("UPDATE runs SET config_json = hex(zeroblob(3000000))")
+        assert command("--backup", copy, path).returncode == 0
+        before = files_in(tmp_path)
+
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+
+        done = command("--backup", copy, path, preexec_fn=limit)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"daemon_db: cannot write {copy}: disk I/O error\n"
+        assert files_in(tmp_path) == before
+        process = start(INTERRUPT_IN_BACKUP, "--backup", copy, path)
+        assert end(process) == ("", "daemon_db: interrupted\n")
+        assert process.returncode == 130
+        assert files_in(tmp_path) == before
+
+    def test_an_older_file_is_copied_and_not_updated(self, tmp_path: Path) -> None:
+        path, copy = tmp_path / "daemon.db", tmp_path / "copy.db"
+        TestOlderFiles().make_older(path)
+        before = path.read_bytes()
+        assert command("--backup", copy, path).returncode == 0
+        assert path.read_bytes() == before
+        assert "next open" in report(command("--check", copy).stdout)
+
+
+INTERRUPT_IN_BACKUP = """
+import os, runpy, signal, sys
+from daemon_db import __main__
+
+copy_and_check = __main__.copy_and_check
+
+
+def interrupt(conn, part, target, show):
+    copy_and_check(conn, part, target, lambda far: os.kill(os.getpid(), signal.SIGINT))
+
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+__main__.copy_and_check = interrupt
+sys.exit(__main__.main())
+"""
 
 
 class TestWhereItCannotBeSaid:
@@ -276,6 +505,11 @@ class TestWhereItCannotBeSaid:
         )
         assert (done.returncode, done.stderr) == (0, b"")
 
+    def test_no_standard_error_for_a_failure(self, tmp_path: Path) -> None:
+        """It must not go to standard output, where somebody reads a report."""
+        done = command(tmp_path / "no" / "db", preexec_fn=lambda: os.close(2), stderr=None)
+        assert (done.returncode, done.stdout) == (1, "")
+
     def test_no_standard_error(self, tmp_path: Path) -> None:
         make_wal(tmp_path / "daemon.db")
         shell = ["sh", "-c", '"$@" 2>&-', "sh"]
@@ -305,7 +539,7 @@ class TestDamage:
         lines = done.stderr.splitlines()
         assert len(lines) == 1
         assert lines[0].count("never used") == 9  # after the name of the database
-        assert lines[0].endswith(" and 41 more")
+        assert lines[0].endswith(f" and 41 more: {AFTER_DAMAGE}")
 
     @pytest.mark.parametrize(("count", "more"), [(1, ""), (10, ""), (11, " and 1 more"), (15, " and 5 more")])
     def test_rows_without_their_run(self, count: int, more: str, tmp_path: Path) -> None:
@@ -318,7 +552,8 @@ class TestDamage:
         assert report(done.stdout)["check"] == "failed"
         assert (done.returncode, done.stderr) == (
             1,
-            f"daemon_db: {path} failed the check: {'; '.join(problems[:10])}{more}\n",
+            f"daemon_db: {path} failed the check: {'; '.join(problems[:10])}{more}: delete these rows, or add what "
+            "they refer to (who wrote them had no PRAGMA foreign_keys=ON)\n",
         )
         done = command("--check", "--json", path)
         assert (done.returncode, json.loads(done.stdout)["problems"]) == (1, problems)
@@ -333,7 +568,7 @@ class TestDamage:
         path.write_bytes(content[:start] + content[start:end].replace(b"running", b"rUnning") + content[end:])
         assert command(path).returncode == 0
         done = command("--check", path)
-        words = f"daemon_db: {path} failed the check: row 1 missing from index idx_runs_status\n"
+        words = f"daemon_db: {path} failed the check: row 1 missing from index idx_runs_status: {AFTER_DAMAGE}\n"
         assert (done.returncode, done.stderr) == (1, words)
 
 
@@ -408,7 +643,7 @@ def test_progress_on_a_terminal_and_an_interrupt_in_the_middle(slow: Path) -> No
     clear = "\r\x1b[K"
     lines = terminal.shown.split(clear)
     assert (lines[0], lines[-1]) == ("", "daemon_db: interrupted\r\n")
-    seconds = [int(line.removeprefix(f"reading {slow}: ").removesuffix(" s")) for line in lines[1:-1]]
+    seconds = [int(line.removeprefix(f"checking {slow}: ").removesuffix(" s")) for line in lines[1:-1]]
     assert seconds == sorted(set(seconds))
     assert seconds[0] >= 1
     assert files_in(slow.parent) == before

@@ -335,7 +335,10 @@ except daemon_db.OpenError as error:
             ("CREATE TABLE other (x)", ["other", "another program"]),
             (_schema.SQL + "DROP INDEX idx_units_status; DROP TABLE events", ["idx_units_status", "events"]),
             (_schema.SQL + "ALTER TABLE runs RENAME COLUMN error TO failure", ["runs.error"]),
-            (_schema.SQL + "CREATE UNIQUE INDEX one ON runs (status)", ["runs: extra unique constraint (status)"]),
+            (
+                _schema.SQL + "CREATE UNIQUE INDEX one ON runs (status)",
+                ["runs: extra unique constraint (status), by the index one"],
+            ),
         ],
     )
     def test_a_schema_that_is_incomplete_or_does_not_fit(

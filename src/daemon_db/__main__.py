@@ -1,98 +1,230 @@
-"""`python -m daemon_db PATH`: create or open a database and say what was found; with `--check`, look for damage."""
+"""`python -m daemon_db PATH`: create, open or update a database; or look for damage in it; or make a backup of it."""
 
 import argparse
+import contextlib
 import json
 import os
 import sqlite3
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Callable, Container, Iterator
+from contextlib import closing
+from typing import Any
 
-from . import DB, OpenError, SchemaError, __version__, _mount, _schema
-from .errors import in_words, primary_code
+from . import DB, OpenError, SchemaError, __version__, _mount, _opening, _place, _schema
+from ._connection import State
+from .errors import AFTER_DAMAGE, in_words, primary_code
 
 _MOST_PROBLEMS = 10
+_TIMEOUT = 5.0
 
 
 def main() -> int:
-    """Exit status 0; 1, with one line on standard error, if the database can't be opened or fails the check; 130 if
-    interrupted; 2: wrong usage.
+    """Exit status 0; 1, with one line on standard error, if it failed or found damage; 130 if interrupted; 2: wrong
+    usage.
     """
     parser = argparse.ArgumentParser(
-        "python -m daemon_db", description="Create or open a database, or bring it up to date, and say what is there."
+        "python -m daemon_db",
+        description="Create or open a database, or bring it up to date, and say what is there.",
     )
     parser.add_argument("path", metavar="PATH", help="the database file")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--check",
         action="store_true",
         help="write nothing, and look for damage by PRAGMA integrity_check and foreign_key_check",
     )
-    parser.add_argument("--json", action="store_true", help="say it as JSON")
+    instead.add_argument(
+        "--backup",
+        metavar="DEST",
+        help="copy the database, which may be in use, to the file DEST; check the copy, then replace what is at DEST",
+    )
+    parser.add_argument("--json", action="store_true", help="say it as JSON, also what failed")
     parser.add_argument("--version", action="version", version=f"daemon_db {__version__}")
     arguments = parser.parse_args()
+    found: dict[str, Any] = {"path": os.path.abspath(arguments.path)}
+    status = 0
     try:
-        with (
-            Progress(arguments.path) as progress,
-            DB.open(arguments.path, read_only=arguments.check, on_connect=progress.follow) as db,
-        ):
-            found = look(db)
-            if arguments.check:
-                found["problems"] = list(check(db.conn))
+        if arguments.check:
+            found |= check(arguments.path)
+        elif arguments.backup is not None:
+            found |= back_up(arguments.path, arguments.backup)
+        else:
+            found |= open_or_create(arguments.path)
+    except KeyboardInterrupt:
+        found["error"], status = "interrupted", 130
+    except (OpenError, SchemaError, Refused) as error:
+        found["error"], status = one_line(str(error)), 1
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        if primary_code(error) == sqlite3.SQLITE_INTERRUPT:  # Ctrl-C came in the middle of a statement
+            found["error"], status = "interrupted", 130
+        else:
+            found["error"], status = one_line(f"{found['path']}: {in_words(error, _TIMEOUT)}"), 1
+    except OSError as error:
+        found["error"], status = f"{error.filename or found['path']}: {error.strerror}", 1
     except ValueError as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except (OpenError, SchemaError) as error:
-        return fail(str(error))
-    except sqlite3.Error as error:
-        if primary_code(error) == sqlite3.SQLITE_INTERRUPT:  # Ctrl-C came in the middle of a statement
-            return fail("interrupted", 130)
-        return fail(f"{os.path.abspath(arguments.path)}: {in_words(error)}")
-    try:
-        if sys.stdout is not None:
-            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # of a name in another encoding
-            print(json.dumps(found) if arguments.json else "\n".join(lines(found)), flush=True)
-    except OSError as error:
-        # When Python exits, it writes what is left in the buffer: to a place where this doesn't fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return fail(f"cannot write to standard output: {error.strerror}")
-    if problems := found.get("problems"):
-        more = f" and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
-        return fail(f"{db.path} failed the check: {'; '.join(problems[:_MOST_PROBLEMS])}{more}")
-    return 0
-
-
-def fail(message: str, status: int = 1) -> int:
-    """Print one line on standard error; the exit status that goes with it."""
-    print("daemon_db:", message.replace(":\n", ": ").replace("\n", "; "), file=sys.stderr)
+    if found.get("problems"):
+        found["error"], status = what_failed(found), 1
+    if arguments.json or "rows" in found:
+        status = say(json.dumps(found) if arguments.json else "\n".join(lines(found))) or status
+    if "error" in found and sys.stderr is not None:
+        print("daemon_db:", found["error"], file=sys.stderr)
     return status
 
 
-def look(db: DB) -> dict[str, Any]:
+class Refused(Exception):
+    """What a backup would have done harm to, in words."""
+
+
+def open_or_create(path: str) -> dict[str, Any]:
+    """Create, open or update the database: what was added, and what is there."""
+    with progress(f"opening {path}"), DB.open(path, timeout=_TIMEOUT, on_connect=let_interrupts_in) as db:
+        return {"added": list(db._state.added)} | look(db.conn, db.path)
+
+
+def check(path: str) -> dict[str, Any]:
+    """Look for damage first, because to count the rows of a damaged table fails."""
+    with progress(f"checking {path}"), opened_as_it_is(path) as (conn, state):
+        found = problems_of(conn)
+        return look(conn, state.file.path, found["damaged"]) | {"to_add": list(state.added)} | found
+
+
+def back_up(path: str, destination: str) -> dict[str, Any]:
+    """Copy the database to a new file, check that, and rename it. Whatever fails, what is at `destination` stays."""
+    if not destination or "\0" in destination:
+        raise ValueError(f"DEST must be a file name, not {destination!r}")
+    target = os.path.realpath(destination)
+    with progress(f"copying {path}") as show, opened_as_it_is(path) as (conn, state):
+        refuse_destination(target, path)
+        part = f"{target}.part-{os.getpid()}"
+        permissions = os.stat(state.file.real_path).st_mode & 0o777
+        try:
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, permissions))
+            found = copy_and_check(conn, part, target, show)
+            if not found["damaged"]:
+                refuse_destination(target, path)  # again, because that took its time
+                replace(part, target)
+            return (
+                look(conn, state.file.path, found["damaged"]) | found | {"backup": None if found["damaged"] else target}
+            )
+        finally:
+            for suffix in ("", "-journal", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{part}{suffix}")
+
+
+def refuse_destination(target: str, path: str) -> None:
+    """Raise `Refused` for a file that is in use, or would not be the copy's alone."""
+    if os.path.isdir(target):
+        raise Refused(f"cannot write {target}: it is a directory, and must be a file name")
+    source = os.path.realpath(path)
+    if target in (f"{source}-wal", f"{source}-shm", f"{source}-journal") or (
+        os.path.exists(target) and os.path.samefile(target, path)
+    ):
+        raise Refused(f"cannot write {target}: it is the database itself, or belongs to it")
+    for suffix in ("-wal", "-journal"):
+        if os.path.lexists(f"{target}{suffix}"):
+            raise Refused(
+                f"cannot write {target}: {target}{suffix} lies beside it, and would be played back over the copy. "
+                "If no program has that database open, move both away; or take another name"
+            )
+
+
+def copy_and_check(conn: sqlite3.Connection, part: str, target: str, show: Callable[[str], None]) -> dict[str, Any]:
+    """Copy as of one moment, however many write meanwhile. Return what is wrong with the copy."""
+
+    def follow(_: int, remaining: int, total: int) -> None:
+        show(f"{100 * (total - remaining) // max(total, 1)} %")
+
+    with closing(sqlite3.connect(part, isolation_level=None)) as copy:
+        conn.execute("BEGIN")
+        conn.execute("SELECT 1 FROM sqlite_master").fetchone()  # BEGIN alone reads nothing yet
+        try:
+            conn.backup(copy, pages=1000, progress=follow)
+        except sqlite3.OperationalError as error:
+            if primary_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+                raise Refused(f"cannot write {target}: {error}") from error
+            raise
+        conn.execute("COMMIT")
+        copy.execute("PRAGMA journal_mode=DELETE")  # so that nothing need be made beside it to read it
+        let_interrupts_in(copy)
+        return problems_of(copy)
+
+
+def replace(part: str, target: str) -> None:
+    """Rename, and see that the new name is on the disk."""
+    os.replace(part, target)
+    directory = os.open(os.path.dirname(target), os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+@contextlib.contextmanager
+def opened_as_it_is(path: str) -> Iterator[tuple[sqlite3.Connection, State]]:
+    """A connection that only reads, also to a file whose schema lacks something."""
+    state = State(_place.locate(path, read_only=True), _TIMEOUT)
+    conn = _opening.open_as_it_is(state)
+    try:
+        if _schema.is_everything(state.added):
+            raise Refused(f"{state.file.path} is empty: no database yet")
+        conn.text_factory = lambda text: text.decode("utf-8", "replace")  # a damaged file may have any bytes
+        let_interrupts_in(conn)
+        yield conn, state
+    finally:
+        conn.close()
+
+
+def let_interrupts_in(conn: sqlite3.Connection) -> None:
+    """Let SQLite call Python while it works: Python handles signals, such as Ctrl-C's, in Python code only."""
+    conn.set_progress_handler(lambda: 0, 100_000)
+
+
+def look(conn: sqlite3.Connection, path: str, is_damaged: bool = False) -> dict[str, Any]:
     """What is in the database, as `--json` prints it."""
+    unknown = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT) if is_damaged else (sqlite3.SQLITE_ERROR,)
     return {
-        "path": db.path,
+        "path": path,
         "sqlite": sqlite3.sqlite_version,
         "wal_reset_bug": has_wal_reset_bug(sqlite3.sqlite_version_info),
-        "network_file_system": _mount.network_file_system(db.path),
-        "journal_mode": db.conn.execute("PRAGMA journal_mode").fetchone()[0],
-        "foreign_keys": db.conn.execute("PRAGMA foreign_keys").fetchone() == (1,),
-        "rows": {table: db.conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in _schema.tables()},
+        "network_file_system": _mount.network_file_system(path),
+        "journal_mode": conn.execute("PRAGMA journal_mode").fetchone()[0],
+        "foreign_keys": conn.execute("PRAGMA foreign_keys").fetchone() == (1,),
+        "rows": {table: count_rows(conn, table, unknown) for table in _schema.tables()},
     }
 
 
+def count_rows(conn: sqlite3.Connection, table: str, unknown: Container[int]) -> int | None:
+    """None at these errors: an older file lacks the table, or it is damaged."""
+    try:
+        (count,) = conn.execute(f"SELECT count(*) FROM {table}").fetchone()
+    except sqlite3.DatabaseError as error:
+        if primary_code(error) not in unknown:
+            raise
+        return None
+    return int(count)
+
+
 def lines(found: dict[str, Any]) -> Iterator[str]:
-    """What `look` and `check` found, as lines for a person."""
+    """What was found, as lines for a person."""
     yield f"path           {found['path']}"
-    bug = "  (has the WAL-reset bug: see the README)" if found["wal_reset_bug"] else ""
+    bug = '  (see "The WAL-reset bug" in the README)' if found["wal_reset_bug"] else ""
     yield f"SQLite         {found['sqlite']}{bug}"
     if found["network_file_system"]:
         yield f"network        {found['network_file_system']}: only one machine's programs may have it open"
     yield f"journal mode   {found['journal_mode']}"
     yield f"foreign keys   {'on' if found['foreign_keys'] else 'off'}"
     for table, count in found["rows"].items():
-        yield f"{table:14} {count} rows"
+        yield f"{table:14} {'unknown' if count is None else '1 row' if count == 1 else f'{count} rows'}"
+    if found.get("added"):
+        yield f"opened         {_schema.what_was_added(found['added'])}"
+    if found.get("to_add"):
+        yield f"next open      adds {_schema.names(found['to_add'])}"
+    if found.get("backup"):
+        yield f"backup         {found['backup']}"
     if "problems" in found:
         yield f"check          {'failed' if found['problems'] else 'ok'}"
 
@@ -104,40 +236,89 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
     return (3, 7, 0) <= version < (3, 51, 3)
 
 
-def check(conn: sqlite3.Connection) -> Iterator[str]:
-    """What `PRAGMA integrity_check` and `PRAGMA foreign_key_check` find wrong, nothing if nothing."""
-    for (found,) in conn.execute("PRAGMA integrity_check"):
-        if found != "ok":
-            yield from found.splitlines()  # up to a hundred in one row
-    for table, rowid, parent, _ in conn.execute("PRAGMA foreign_key_check"):
-        yield f"{table} row {rowid} refers to a row of {parent} that isn't there"
+def problems_of(conn: sqlite3.Connection) -> dict[str, Any]:
+    """What `PRAGMA integrity_check` finds wrong; if that is nothing, what `PRAGMA foreign_key_check` finds."""
+    rows: list[bytes] = []
+    # After it has named the damaged pages, it goes on to read them, and fails. Python's cursor is a row ahead: it would
+    # raise that error instead of giving the row that names them.
+    conn.create_function("note", 1, rows.append)
+    try:
+        conn.execute("SELECT note(CAST(integrity_check AS BLOB)) FROM pragma_integrity_check").fetchall()
+    except sqlite3.DatabaseError as error:
+        if primary_code(error) != sqlite3.SQLITE_CORRUPT:
+            raise
+        rows.append(str(error).encode())
+    if rows != [b"ok"]:
+        return {
+            "damaged": True,
+            "problems": [line for row in rows for line in row.decode(errors="replace").splitlines()],
+        }
+    orphans = conn.execute("PRAGMA foreign_key_check").fetchall()
+    problems = [
+        f"{table} row {rowid} refers to a row of {parent} that isn't there" for table, rowid, parent, _ in orphans
+    ]
+    return {"damaged": False, "problems": problems}
 
 
-class Progress:
-    """A line on standard error, where that is a terminal, for what takes longer than a second."""
+def what_failed(found: dict[str, Any]) -> str:
+    """The first problems on one line, and what to do about them."""
+    problems = found["problems"]
+    more = f" and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
+    said = f"{found['path']} failed the check: {'; '.join(problems[:_MOST_PROBLEMS])}{more}"
+    if not found["damaged"]:
+        return f"{said}: delete these rows, or add what they refer to (who wrote them had no PRAGMA foreign_keys=ON)"
+    return f"{said}: {'no backup was written; ' if 'backup' in found else ''}{AFTER_DAMAGE}"
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._start = time.monotonic()
-        self._shown = 0
-        self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
 
-    def follow(self, conn: sqlite3.Connection) -> None:
-        """Let SQLite call this while it works. That lets Ctrl-C in, too: Python handles signals in Python code only."""
-        conn.set_progress_handler(self._show, 100_000)
+def one_line(message: str) -> str:
+    return message.replace(":\n", ": ").replace("\n", "; ")
 
-    def _show(self) -> int:
-        seconds = int(time.monotonic() - self._start)
-        if self._is_terminal and seconds > self._shown:
-            self._shown = seconds
-            print(f"\r\x1b[Kreading {self._path}: {seconds} s", end="", file=sys.stderr, flush=True)
-        return 0  # go on
 
-    def __enter__(self) -> Self:
-        return self
+def say(text: str) -> int:
+    """Print on standard output; the exit status."""
+    if sys.stdout is None:
+        return 0
+    try:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # of a name in another encoding
+        print(text, flush=True)
+    except OSError as error:
+        # When Python exits, it writes what is left in the buffer: to a place where this doesn't fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if sys.stderr is not None:
+            print(f"daemon_db: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
 
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[str], None]]:
+    """A line on standard error, where that is a terminal, for what takes longer than a second.
+
+    Yields a function that takes how far it has got.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    far = ""
+    start = time.monotonic()
+    is_done = threading.Event()
+
+    def show() -> None:
+        while not is_done.wait(1):
+            print(f"\r\x1b[K{what}: {far or f'{time.monotonic() - start:.0f} s'}", end="", file=sys.stderr, flush=True)
+
+    def set_far(text: str) -> None:
+        nonlocal far
+        far = text
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield set_far
+    finally:
+        is_done.set()
+        thread.join()
+        if time.monotonic() - start >= 1:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 

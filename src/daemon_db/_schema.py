@@ -16,7 +16,7 @@ import importlib.resources
 import itertools
 import re
 import sqlite3
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
@@ -201,11 +201,19 @@ def update(conn: sqlite3.Connection, path: str) -> tuple[str, ...]:
             conn.execute("ROLLBACK")
 
 
-def what_was_added(problems: tuple[str, ...]) -> str:
+def is_everything(problems: Sequence[str]) -> bool:
+    """Whether `update` has to add, or has added, all of `schema.sql`: the file had nothing of it."""
+    return len(problems) == len(expected().objects)
+
+
+def names(problems: Iterable[str]) -> str:
+    """Of what `update` has to add, or has added."""
+    return ", ".join(problem.partition(":")[0] for problem in problems)
+
+
+def what_was_added(problems: Sequence[str]) -> str:
     """What `update` returned, in a few words."""
-    if len(problems) == len(expected().objects):
-        return "created"
-    return f"added {', '.join(problem.partition(':')[0] for problem in problems)}"
+    return "created" if is_everything(problems) else f"added {names(problems)}"
 
 
 def _add(conn: sqlite3.Connection, path: str, addition: Addition) -> None:
@@ -280,7 +288,7 @@ def _table_differences(name: str, wanted: Table, found: Table) -> Iterator[str]:
         # leave NULL in a nullable extra column.
         if not found.constraints[constraint] & extra & found.nullable:
             index = found.unique_indexes.get(constraint)  # by its name, so that it can be dropped
-            yield f"{index}: extra {constraint} on {name}" if index else f"{name}: extra {constraint}"
+            yield f"{name}: extra {constraint}{f', by the index {_name(index)}' if index else ''}"
     for index, declaration in wanted.indexes.items():
         if found.indexes.get(index, declaration) != declaration:
             yield f"{index}: {found.indexes[index]}, should be {declaration}"
