@@ -130,7 +130,7 @@ class DB:
         state = self._state
         conn = self._connection()
         if conn.in_transaction:
-            conn.execute("BEGIN IMMEDIATE")  # raises SQLite's own refusal; the outer transaction can go on
+            conn.execute("BEGIN")  # raises SQLite's own refusal; the outer transaction can go on
         try:
             if not state.turn.acquire(timeout=state.timeout):
                 raise locked(

@@ -1,0 +1,249 @@
+"""`snapshot()`: reads as of one moment, no write, and autocommit mode afterwards, whatever happens."""
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from daemon_db import DB
+from support import in_thread, insert_run, make_wal, run, start
+
+
+@pytest.fixture(params=["file", "memory", "read_only"])
+def db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DB]:
+    if request.param == "memory":
+        with DB.open(":memory:") as db:
+            insert_run(db.conn)
+            yield db
+    else:
+        make_wal(tmp_path / "db")
+        with DB.open(tmp_path / "db", read_only=request.param == "read_only") as db:
+            yield db
+
+
+def count(conn: sqlite3.Connection) -> int:
+    return int(conn.execute("SELECT count(*) FROM runs").fetchone()[0])
+
+
+def is_as_before(db: DB) -> None:
+    """The thread is in autocommit mode, and may write if it might before."""
+    conn = db.conn
+    assert not conn.in_transaction
+    if "read_only" in repr(conn.execute("PRAGMA query_only").fetchone()):
+        raise AssertionError
+    (query_only,) = conn.execute("PRAGMA query_only").fetchone()
+    if query_only:
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            conn.execute("DELETE FROM units")
+    else:
+        with db.transaction():
+            conn.execute("DELETE FROM units")
+
+
+def test_it_sees_one_moment(tmp_path: Path) -> None:
+    """From the block's beginning, not from the first SELECT in it."""
+    with DB.open(tmp_path / "db") as db, DB.open(tmp_path / "db", read_only=True) as reader:
+        for each in (db, reader):
+            before = count(db.conn)
+            with each.snapshot() as conn:
+                in_thread(lambda: insert_run(db.conn, f"run-{threading.get_ident()}-{each is db}"))  # noqa: B023
+                assert conn is each.conn
+                assert count(conn) == before
+                in_thread(lambda: insert_run(db.conn, f"run-2-{each is db}"))  # noqa: B023
+                assert count(conn) == before
+            assert count(each.conn) == before + 2
+
+
+def test_no_write_in_it(db: DB) -> None:
+    with db.snapshot() as conn:
+        with pytest.raises(sqlite3.OperationalError, match="^attempt to write a readonly database$"):
+            insert_run(conn, "run-2")
+        assert count(conn) == 1
+    assert count(db.conn) == 1
+    is_as_before(db)
+
+
+@pytest.mark.parametrize("query_only", [0, 1])
+def test_query_only_is_put_back_as_it_was(query_only: int, tmp_path: Path) -> None:
+    with DB.open(tmp_path / "db", on_connect=lambda conn: conn.execute(f"PRAGMA query_only={query_only}")) as db:
+        with db.snapshot():
+            pass
+        assert db.conn.execute("PRAGMA query_only").fetchone() == (query_only,)
+
+
+@pytest.mark.parametrize("row_factory", [sqlite3.Row, lambda *_: 1])
+def test_any_row_factory(row_factory: object, tmp_path: Path) -> None:
+    def on_connect(conn: sqlite3.Connection) -> None:
+        conn.row_factory = row_factory  # type: ignore[assignment]
+
+    with DB.open(tmp_path / "db", on_connect=on_connect) as db:
+        with db.snapshot():
+            pass
+        insert_run(db.conn)
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Stop, GeneratorExit, sqlite3.OperationalError])
+def test_an_exception_goes_on(error: type[BaseException], db: DB) -> None:
+    raised = error("mine")
+    with pytest.raises(error) as caught, db.snapshot():
+        raise raised
+    assert caught.value is raised
+    is_as_before(db)
+
+
+@pytest.mark.parametrize("statement", ["COMMIT", "ROLLBACK", "COMMIT; BEGIN", "END; PRAGMA query_only=OFF"])
+def test_what_the_block_does_by_hand(statement: str, db: DB) -> None:
+    with db.snapshot() as conn:
+        for each in statement.split(";"):
+            conn.execute(each)
+    is_as_before(db)
+
+
+def test_a_select_that_is_half_read(db: DB) -> None:
+    """It goes on, as outside of a block, and is of the same moment."""
+    with db.snapshot() as conn:
+        cursor = conn.execute("SELECT 1 FROM runs UNION ALL SELECT 2 FROM runs")
+        assert cursor.fetchone() == (1,)
+    assert not db.conn.in_transaction
+    assert cursor.fetchall() == [(2,)]
+    is_as_before(db)
+
+
+@pytest.mark.parametrize("outer", ["transaction", "snapshot"])
+@pytest.mark.parametrize("inner", ["transaction", "snapshot"])
+def test_nested(outer: str, inner: str, tmp_path: Path) -> None:
+    """SQLite's own refusal, at once; the outer block goes on."""
+    make_wal(tmp_path / "db")
+    with DB.open(tmp_path / "db", timeout=600) as db:
+        with getattr(db, outer)() as conn:
+            with (
+                pytest.raises(sqlite3.OperationalError, match="^cannot start a transaction within a transaction$"),
+                getattr(db, inner)(),
+            ):
+                raise AssertionError
+            assert conn.in_transaction
+            assert count(conn) == 1
+            if outer == "transaction":
+                insert_run(conn, "run-2")
+        assert count(db.conn) == (2 if outer == "transaction" else 1)
+
+
+def test_writers_and_other_threads_go_on(tmp_path: Path) -> None:
+    with DB.open(tmp_path / "db", timeout=0) as db, db.snapshot() as conn:
+        in_thread(lambda: insert_run(db.conn))
+        assert count(conn) == 0
+        with db_in_thread(db) as other:
+            assert other == 1
+
+
+@contextlib.contextmanager
+def db_in_thread(db: DB) -> Iterator[int]:
+    def read() -> int:
+        with db.snapshot() as conn:
+            return count(conn)
+
+    yield in_thread(read)
+
+
+def test_of_a_closed_db(tmp_path: Path) -> None:
+    db = DB.open(tmp_path / "db")
+    with db.snapshot():
+        in_thread(db.close)
+    with pytest.raises(sqlite3.ProgrammingError, match=r"^Cannot operate on a closed database\.$"), db.snapshot():
+        raise AssertionError
+
+
+def test_a_generator_that_another_thread_closes(tmp_path: Path) -> None:
+    """The thread whose snapshot it was gets a new connection."""
+    with DB.open(tmp_path / "db") as db:
+
+        def reads() -> Iterator[int]:
+            with db.snapshot() as conn:
+                yield count(conn)
+
+        generator = reads()
+        assert next(generator) == 0
+        in_thread(generator.close)
+        insert_run(db.conn)
+        is_as_before(db)
+
+
+FORKED = """
+import os, sqlite3, sys
+from daemon_db import DB
+
+db = DB.open(sys.argv[1])
+with db.snapshot() as conn:
+    child = os.fork()
+    if child == 0:
+        try:
+            with db.snapshot():
+                raise AssertionError
+        except sqlite3.ProgrammingError:
+            pass
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert conn.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+db.conn.execute("DELETE FROM runs")
+db.close()
+"""
+
+
+def test_a_forked_child_leaves_it_alone(tmp_path: Path) -> None:
+    make_wal(tmp_path / "db")
+    run(FORKED, tmp_path / "db")
+
+
+SIGNALLED = """
+import os, signal, sys, threading, time
+from daemon_db import DB
+
+
+class Signal(Exception):
+    pass
+
+
+def handle(*_):
+    raise Signal
+
+
+signal.signal(signal.SIGUSR1, handle)
+db = DB.open(sys.argv[1])
+main = threading.main_thread().ident
+print("ready", flush=True)
+struck = 0
+end = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end:
+    try:
+        sender = threading.Timer(0, lambda: signal.pthread_kill(main, signal.SIGUSR1))
+        sender.start()
+        try:
+            for _ in range(40):
+                with db.snapshot() as conn:
+                    conn.execute("SELECT 1").fetchone()
+        finally:
+            sender.join()
+    except Signal:
+        struck += 1
+    except RuntimeError:
+        continue
+    conn = db.conn
+    assert not conn.in_transaction
+    assert conn.execute("PRAGMA query_only").fetchone() == (0,)
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+print(struck)
+"""
+
+
+def test_a_signal_at_any_moment(tmp_path: Path) -> None:
+    process = start(SIGNALLED, tmp_path / "db", 1.5)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert int(output.split()[1]) > 10
