@@ -1,7 +1,9 @@
 """The specification's five tests, by name: `python -m pytest -k TestOpen` is its `go test -run TestOpen`."""
 
+import logging
 import os
 import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -51,6 +53,27 @@ class TestOpen:
         assert repr(db) == f"<DB {str(tmp_path / 'daemon.db')!r} open>"
         db.close()
         assert repr(db) == f"<DB {str(tmp_path / 'daemon.db')!r} closed>"
+
+    def test_repr_names_a_subclass(self) -> None:
+        class Store(DB):
+            pass
+
+        with Store.open(":memory:") as store:
+            assert repr(store).endswith("Store ':memory:' open>")
+
+    def test_it_says_what_it_created_or_added(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, "daemon_db")
+        path = tmp_path / "daemon.db"
+        DB.open(path).close()
+        assert [record.getMessage() for record in caplog.records] == [f"{path}: created"]
+        with closing(sqlite3.connect(path)) as conn:
+            conn.executescript("DROP INDEX idx_runs_status; DROP INDEX idx_units_status")
+        caplog.clear()
+        for _ in range(2):  # an up-to-date file is nothing to tell of
+            DB.open(path).close()
+        assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+            ("INFO", f"{path}: added idx_runs_status, idx_units_status")
+        ]
 
     def test_each_statement_commits_by_itself(self, tmp_path: Path) -> None:
         with DB.open(tmp_path / "daemon.db") as db:

@@ -62,6 +62,8 @@ class TestArguments:
             ("", ValueError, "^path must be a file name, not ''$"),
             ("a\0b", ValueError, r"^path must be a file name, not 'a\\x00b'$"),
             ("\ud800", ValueError, r"can't encode character '\\ud800'"),  # a str that no file name decodes to
+            ("file:db", ValueError, r"^path must be a file name, not a URI: a file of that name is '\./file:db'$"),
+            ("file:///tmp/db?mode=ro", ValueError, "^path must be a file name, not a URI"),
             (b"db", TypeError, "^path must be str or os.PathLike.str., not bytes$"),
             (7, TypeError, "^expected str, bytes or os.PathLike object, not int$"),
             (None, TypeError, "^expected str, bytes or os.PathLike object, not NoneType$"),
@@ -561,13 +563,32 @@ class TestWhatIsLeftOfAnotherFile:
         refused(tmp_path / "db", "it does not exist", FileNotFoundError, read_only=True)
 
 
+class TestCreate:
+    @pytest.mark.parametrize("name", ["db", "link"])
+    def test_a_mistyped_path_makes_no_database(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+        before = files_in(tmp_path)
+        refused(tmp_path / name, "it does not exist", FileNotFoundError, create=False)
+        assert files_in(tmp_path) == before
+
+    @pytest.mark.parametrize("make", [make_empty, make_rollback, make_wal, make_killed])
+    def test_what_is_there_is_opened(self, make: Callable[[Path], None], tmp_path: Path) -> None:
+        """An empty file is something."""
+        make(tmp_path / "db")
+        with DB.open(tmp_path / "db", create=False) as db:
+            assert count_in_a_thread(db) == (0 if make is make_empty else 1)
+
+    def test_memory_is_always_made(self) -> None:
+        DB.open(":memory:", create=False).close()
+
+
 class TestNames:
     @pytest.mark.parametrize(
         "name",
         [
-            b"file:x",
-            b"file:x?mode=memory",
-            b"file::memory:",
+            b"./file:x",
+            b"./file:x?mode=memory",
+            b"./file::memory:",
             b"a?b#c%20d",
             b"%41%00",
             b" spaces and 'quotes\" ",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from daemon_db import DB, OpenError, _opening, _place, _process
+from daemon_db.errors import TWO_NAMES
 from support import LIMIT, append_event, files_in, in_thread, insert_run, make_wal, open_files, rounds, run, wait_for
 
 GONE = "removed or replaced since this DB was opened"
@@ -521,3 +522,21 @@ def test_what_read_only_sees_of_a_removed_file_stays_readable_and_no_new_thread_
             in_thread(lambda: db.conn)
         with pytest.raises(sqlite3.OperationalError), db.transaction():
             pass
+
+
+def test_two_hard_links(tmp_path: Path) -> None:
+    """Each name would have a WAL of its own. By another path to the same name it is opened."""
+    make_wal(tmp_path / "db")
+    os.link(tmp_path / "db", tmp_path / "other.db")
+    (tmp_path / "link").symlink_to(tmp_path)
+    with DB.open(tmp_path / "db") as db:
+        insert_run(db.conn, "run-2")
+        for read_only in False, True:
+            with pytest.raises(OpenError) as caught:
+                DB.open(tmp_path / "other.db", read_only=read_only)
+            assert caught.value.reason == f"this process has it open as {tmp_path / 'db'}: {TWO_NAMES}"
+        with DB.open(tmp_path / "link" / "db") as again:
+            assert again.conn.execute("SELECT count(*) FROM runs").fetchone() == (2,)
+        insert_run(db.conn, "run-3")
+    with DB.open(tmp_path / "other.db") as db:
+        assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (3,)

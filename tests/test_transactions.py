@@ -5,6 +5,7 @@
 
 import contextlib
 import gc
+import re
 import signal
 import sqlite3
 import sys
@@ -394,7 +395,7 @@ def test_one_within_a_begin_by_hand_is_refused_and_leaves_that_alone(db: DB) -> 
 
 def check_locked(db: DB) -> None:
     before = time.monotonic()
-    with pytest.raises(sqlite3.OperationalError, match="^database is locked$") as raised, db.transaction():
+    with pytest.raises(sqlite3.OperationalError, match=r"^database is locked(\n|$)") as raised, db.transaction():
         pass
     assert time.monotonic() - before >= 0.19
     assert raised.value.sqlite_errorcode == sqlite3.SQLITE_BUSY
@@ -445,7 +446,7 @@ def test_threads_wait_for_their_turn_and_not_for_sqlites_lock(tmp_path: Path) ->
 def test_who_waits_for_the_turn_sees_what_was_committed(db: DB) -> None:
     with db.transaction() as conn:
         insert_run(conn)
-        with pytest.raises(sqlite3.OperationalError, match="^database is locked$"):
+        with pytest.raises(sqlite3.OperationalError, match=r"^database is locked(\n|$)"):
             in_thread(db.transaction().__enter__)
     assert in_thread(lambda: runs(db)) == ["run-1"]
 
@@ -625,3 +626,68 @@ with DB.open(sys.argv[1]) as db:
     assert (process.returncode, output, errors) == (0, "", "")
     with DB.open(tmp_path / "daemon.db") as db:
         assert runs(db) == ["after"]
+
+
+class TestNotes:
+    """What is known beyond SQLite's own words."""
+
+    def notes(self, db: DB) -> str:
+        with pytest.raises(sqlite3.OperationalError, match=r"^database is locked(\n|$)") as caught, db.transaction():
+            raise AssertionError
+        (note,) = caught.value.__notes__
+        assert note.startswith(f"{db.path}: ")
+        return note.removeprefix(f"{db.path}: ")
+
+    def test_another_thread(self, db: DB) -> None:
+        with db.transaction():
+            note = in_thread(lambda: self.notes(db))
+        assert note == "waited 0.2 s for another thread's transaction() in this process"
+
+    @pytest.mark.parametrize("timeout", [0, 0.2])
+    def test_another_connection(self, timeout: float, tmp_path: Path) -> None:
+        with DB.open(tmp_path / "db", timeout=timeout) as db, DB.open(tmp_path / "db") as other, other.transaction():
+            note = self.notes(db)
+        words = (
+            rf"waited {timeout:.1f}\d* s for another connection that writes: another process's, or `db.conn` of another"
+        )
+        assert re.match(words, note)
+
+    @pytest.mark.parametrize("is_stale", [False, True])
+    def test_a_select_that_is_half_read(self, is_stale: bool, tmp_path: Path) -> None:
+        """SQLite doesn't wait then."""
+        with DB.open(tmp_path / "db", timeout=600) as db, DB.open(tmp_path / "db") as other:
+            insert_run(other.conn, "run-1")
+            insert_run(other.conn, "run-2")
+            cursor = db.conn.execute("SELECT id FROM runs")
+            cursor.fetchone()
+            with contextlib.nullcontext() if is_stale else other.transaction():
+                if is_stale:
+                    insert_run(other.conn, "run-3")
+                assert self.notes(db).startswith("this thread has a SELECT that is half read")
+            cursor.close()
+
+    def test_a_block_that_commits(self, db: DB) -> None:
+        with pytest.raises(
+            sqlite3.OperationalError, match=r"^cannot commit - no transaction is active(\n|$)"
+        ) as caught:
+            with db.transaction() as conn:
+                conn.executescript("SELECT 1")
+        (note,) = caught.value.__notes__
+        assert note.startswith(f"{db.path}: the block itself committed or rolled back")
+
+    def test_an_error_of_the_block_has_none(self, db: DB) -> None:
+        with pytest.raises(sqlite3.IntegrityError) as caught, db.transaction() as conn:
+            insert_run(conn)
+            insert_run(conn)
+        assert not hasattr(caught.value, "__notes__")
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [("branch-\udcff", UnicodeEncodeError), (2**63, OverflowError), (-(2**63) - 1, OverflowError)]
+)
+def test_a_value_that_sqlite_has_no_type_for(value: object, error: type[Exception], db: DB) -> None:
+    """Python's own errors, and no `sqlite3.Error`: the block is rolled back all the same."""
+    with pytest.raises(error), db.transaction() as conn:
+        insert_run(conn)
+        conn.execute("UPDATE runs SET feature_branch = ?", (value,))
+    check_that_the_next_one_works(db)
