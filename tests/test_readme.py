@@ -1,9 +1,11 @@
-"""What the README shows is run, as written. The two commands that install it first are run by `.ci/run`."""
+"""What both READMEs show is run, as written. The two commands that install it first are run by `.ci/run`."""
 
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -11,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from daemon_db import DB, SchemaError
-from support import ENVIRONMENT, LIMIT, insert_run
+from support import ENVIRONMENT, LIMIT, copy, insert_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TESTS_README = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -44,11 +47,34 @@ def test_the_daemon_and_its_restart(tmp_path: Path) -> None:
     for unit in ("api", "ui"):
         assert [event for _, event, unit_id in first if unit_id == unit] == ["unit.running", "unit.done"]
     again = [line.split() for line in run("-c", code, cwd=tmp_path).splitlines()]
-    assert again == [*first, ["6", "run.resumed", "None"]]
+    assert again == [*first, ["6", "run.started", "None"]]
+
+
+def test_the_example_killed_anywhere(tmp_path: Path) -> None:
+    """Each unit is done in the end, however often the daemon is killed in its work."""
+    code = blocks("python")[0].replace("    ...  #", "    time.sleep(0.01); os._exit(1)  #", 1)
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import os, time\n{code}"], cwd=tmp_path, env=ENVIRONMENT, timeout=LIMIT
+        )
+        assert done.returncode == 1
+    events = [line.split()[1:] for line in run("-c", blocks("python")[0], cwd=tmp_path).splitlines()]
+    assert events.count(["run.started", "None"]) == 4
+    for unit in ("api", "ui"):
+        assert events.count(["unit.done", unit]) == 1
+
+
+def test_a_date_compares_as_time_does(tmp_path: Path) -> None:
+    names: dict[str, str] = {}
+    exec(blocks("python")[2], names)
+    with DB.open(tmp_path / "daemon.db") as db:
+        before, later = db.conn.execute("SELECT datetime('now', '-1 minute'), datetime('now', '+1 hour')").fetchone()
+    assert before < names["now"] < later
+    assert len(names["now"]) == len(before)
 
 
 def test_the_snapshot_and_the_command_line_after_it(tmp_path: Path) -> None:
-    daemon, snapshot = blocks("python")
+    daemon, snapshot, _ = blocks("python")
     run("-c", daemon, cwd=tmp_path)
     assert run("-c", f"{snapshot}print(runs, units)", cwd=tmp_path) == "1 2\n"
     (block,) = blocks("console")
@@ -135,17 +161,135 @@ def test_rows_are_copied_from_a_file_that_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_starts() -> None:
-    assert "`.venv/bin/python tests/benchmark.py`" in README
+    assert "`.venv/bin/python tests/benchmark.py`" in TESTS_README
     assert "--quick" in run("tests/benchmark.py", "--help", cwd=ROOT)
 
 
+@pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command-line program")
+@pytest.mark.parametrize("kept", ["with the -wal", "without it"])
+def test_what_can_be_read_of_a_damaged_file(kept: str, tmp_path: Path) -> None:
+    """To the letter: three pages are gone, and 500 commits are in the -wal alone."""
+    live, salvage = tmp_path / "live", tmp_path / "salvage"
+    live.mkdir()
+    salvage.mkdir()
+    with DB.open(tmp_path / "daemon.db", on_connect=lambda conn: conn.execute("PRAGMA wal_autocheckpoint=0")) as db:
+        with db.transaction() as conn:
+            insert_run(conn)
+            conn.executemany(
+                "INSERT INTO events (run_id, sequence, event_type, payload_json) VALUES ('run-1', ?, 'step', ?)",
+                [(number, "x" * 200) for number in range(6000)],
+            )
+        db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        for number in range(500):
+            with db.transaction() as conn:
+                conn.execute(
+                    "INSERT INTO events (run_id, sequence, event_type) VALUES ('run-1', ?, 'late')", (-1 - number,)
+                )
+        copy(tmp_path / "daemon.db", live / "daemon.db")
+    with open(live / "daemon.db", "r+b") as file:
+        for page in (100, 150, 200):
+            file.seek(page * 4096)
+            file.write(b"\xff" * 4096)
+    before = (live / "daemon.db").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-m", "daemon_db", "--check", live / "daemon.db"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=LIMIT,
+    )
+    assert done.returncode == 1
+    assert all(re.search(rf"[Pp]age {page + 1}\b", done.stderr) for page in (100, 150, 200))
+    assert (live / "daemon.db").read_bytes() == before
+    copy(live / "daemon.db", salvage / "daemon.db")
+    if kept == "without it":
+        (salvage / "daemon.db-wal").unlink()
+        (salvage / "daemon.db-shm").unlink(missing_ok=True)
+    script = blocks("sh")[1].replace("python -m", f"{sys.executable} -m")
+    salvaged = subprocess.run(
+        ["bash", "-c", script], cwd=salvage, env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=LIMIT
+    )
+    assert "check          ok" in salvaged.stdout
+    shutil.copyfile(salvage / "new.db", tmp_path / "restored.db")
+    with DB.open(tmp_path / "restored.db") as db:
+        (late,) = db.conn.execute("SELECT count(*) FROM events WHERE event_type = 'late'").fetchone()
+        (steps,) = db.conn.execute("SELECT count(*) FROM events WHERE event_type = 'step'").fetchone()
+    assert late == (500 if kept == "with the -wal" else 0)
+    assert steps > 3000
+
+
+def test_restore_into_a_live_file(tmp_path: Path) -> None:
+    """The daemon goes on with what was restored. `cp` would destroy the file."""
+    if not shutil.which("sqlite3"):
+        pytest.skip("needs the sqlite3 command-line program")
+    with DB.open(tmp_path / "daemon.db") as db:
+        insert_run(db.conn)
+        run("-m", "daemon_db", "--backup", "backup.db", "daemon.db", cwd=tmp_path)
+        insert_run(db.conn, "run-2")
+        subprocess.run(
+            ["sqlite3", tmp_path / "daemon.db"],
+            input=f".timeout 5000\n.restore {tmp_path / 'backup.db'}\n",
+            text=True,
+            check=True,
+            timeout=LIMIT,
+        )
+        assert db.conn.execute("SELECT id FROM runs").fetchall() == [("run-1",)]
+        insert_run(db.conn, "run-3")
+        assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_a_backup_is_restored(tmp_path: Path) -> None:
+    """As "To restore" says: what was in the -wal must not be played over the backup."""
+    path = tmp_path / "daemon.db"
+    with DB.open(path) as db:
+        insert_run(db.conn)
+        run("-m", "daemon_db", "--backup", "backup.db", "daemon.db", cwd=tmp_path)
+        insert_run(db.conn, "run-2")
+        copy(path, tmp_path / "killed.db")
+    copy(tmp_path / "killed.db", path)
+    away = tmp_path / "away"
+    away.mkdir()
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{path}{suffix}").rename(away / f"daemon.db{suffix}")
+    shutil.copyfile(tmp_path / "backup.db", path)
+    with DB.open(path) as db:
+        assert db.conn.execute("SELECT id FROM runs").fetchall() == [("run-1",)]
+
+
+def test_help_has_an_example() -> None:
+    """And the example runs."""
+    assert DB.__doc__ is not None
+    example = textwrap.dedent(DB.__doc__.split("::\n", 1)[1].split("\n\n    `path`")[0])
+    assert "with db.transaction() as conn:" in example
+    exec(example.replace('"daemon.db"', '":memory:"'), {})
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 180
+
+
+def test_each_heading_and_file_that_is_named_is_there() -> None:
+    headings = re.findall(r"^#+ (.+)$", README + TESTS_README, flags=re.MULTILINE)
+    for name in re.findall(
+        r'see "([^"]+)" in the README', (ROOT / "src" / "daemon_db" / "errors.py").read_text("utf-8")
+    ):
+        assert name in headings
+    assert "The WAL-reset bug" in headings
+    for folder, text in ((ROOT, README), (ROOT / "tests", TESTS_README)):
+        for link in re.findall(r"\]\(([^):]+)\)", text):
+            assert (folder / link).exists(), link
+
+
 def test_nothing_is_left_to_be_filled_in() -> None:
-    assert re.findall("@[A-Z]+@", README) == []
+    assert re.findall("@[A-Z]+@", README + TESTS_README) == []
 
 
 def test_every_command_is_known_to_be_run() -> None:
     setup = "python3 -m venv .venv && .venv/bin/python -m pip install --quiet"
-    assert blocks("sh") == [
-        f"{setup} . && .venv/bin/python -m daemon_db daemon.db\n",
-        f'{setup} -e ".[test]" && .venv/bin/python -m pytest\n',
-    ]
+    assert blocks("sh")[0] == (
+        f'{setup} . && .venv/bin/python -m daemon_db daemon.db\n{setup} -e ".[test]" && .venv/bin/python -m pytest\n'
+    )
+    assert len(blocks("sh")) == 2  # the other one is run on a damaged file
+    commands = re.findall(r"^```sh\n(.*?)^```$", TESTS_README, flags=re.MULTILINE | re.DOTALL)
+    assert all("takes long" in command for command in commands)
+    assert "```python" not in TESTS_README

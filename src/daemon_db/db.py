@@ -30,9 +30,17 @@ _LONGEST_TIMEOUT = 2_147_483  # SQLite counts milliseconds in 32 bits: more woul
 
 
 class DB:
-    """An open database, as `DB.open` returns it. Threads share the `DB`, and each has a connection of its own.
+    """An open database, as `DB.open` returns it. Threads share the `DB`, and each has a connection of its own::
 
-    `path` is the file, absolute, or ":memory:". Leaving a `with` block closes it.
+        from daemon_db import DB
+
+        with DB.open("daemon.db") as db:  # once, for all threads
+            with db.transaction() as conn:  # one write transaction
+                conn.execute("DELETE FROM runs WHERE status = ?", ("done",))
+            for run_id, status in db.conn.execute("SELECT id, status FROM runs"):
+                print(run_id, status)
+
+    `path` is the file, absolute, or ":memory:". Leaving the `with` block closes the `DB`.
     """
 
     path: str
