@@ -473,7 +473,8 @@ def test_where_the_lock_is_not_to_be_had_one_line_says_so(
             "INFO",
             f"{path}: there is no lock of an open file description (this system has none): see to it that nothing in "
             "this process but SQLite opens and closes the file",
-        )
+        ),
+        ("INFO", f"{path}: created"),
     ]
 
 

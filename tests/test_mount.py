@@ -353,7 +353,8 @@ def test_a_file_that_is_mounted_by_itself(way: str, name: str, tmp_path: Path) -
     path = {"by a link": "file.db", "daemon.db": f"data/{name}"}.get(way, f"link/{name}")
     script = f"""
 mount --bind 'host/{name}' 'data/{name}'
-for option in --json --check; do daemon_db "$option" '{path}'; done
+daemon_db '{path}'
+daemon_db --check '{path}'
 """
     refusal = f"daemon_db: cannot open {tmp_path}/{path}: {MOUNTED_ALONE}"
     assert in_a_namespace(script, tmp_path) == [refusal, "status 1"] * 2
@@ -372,7 +373,7 @@ cp daemon.db daemon.db-wal host
 mount --bind host data
 daemon_db data/daemon.db
 """
-    assert "runs           1 rows" in in_a_namespace(script, tmp_path)
+    assert "runs           1 row" in in_a_namespace(script, tmp_path)
     with DB.open(tmp_path / "host" / "daemon.db") as db:
         assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (1,)
 
@@ -477,7 +478,7 @@ umount mount
         f"path           {tmp_path}/mount/rollback.db",
         "journal mode   delete",
         "foreign keys   on",
-        "runs           1 rows",
+        "runs           1 row",
         "units          0 rows",
         "events         0 rows",
         "check          ok",
@@ -514,7 +515,7 @@ daemon_db {arguments}full/daemon.db | grep runs
     ]
     names = ["daemon.db"] if arguments else ["daemon.db", "new.db"]
     expected = [line for name in names for line in (said[0].format(name), "status 1")]
-    assert in_a_namespace(script, tmp_path) == [*expected, "runs           1 rows"]
+    assert in_a_namespace(script, tmp_path) == [*expected, "runs           1 row"]
 
 
 @can_mount
@@ -540,6 +541,6 @@ daemon_db --check copy.db | grep runs
         "status 1",
         f"daemon_db: cannot open {tmp_path}/fixed/wal.db: {NO_INDEX_ON_READ_ONLY_FILE_SYSTEM}",
         "status 1",
-        "runs           1 rows",
-        "runs           1 rows",
+        "runs           1 row",
+        "runs           1 row",
     ]

@@ -1,5 +1,6 @@
 """What both READMEs show is run, as written. The two commands that install it first are run by `.ci/run`."""
 
+import inspect
 import re
 import shutil
 import sqlite3
@@ -259,7 +260,7 @@ def test_a_backup_is_restored(tmp_path: Path) -> None:
 def test_help_has_an_example() -> None:
     """And the example runs."""
     assert DB.__doc__ is not None
-    example = textwrap.dedent(DB.__doc__.split("::\n", 1)[1].split("\n\n    `path`")[0])
+    example = textwrap.dedent(inspect.cleandoc(DB.__doc__).split("::\n", 1)[1].split("\n\n`path`")[0])
     assert "with db.transaction() as conn:" in example
     exec(example.replace('"daemon.db"', '":memory:"'), {})
 

@@ -86,7 +86,7 @@ def test_it_can_not_be_copied_or_pickled(
     """And the attempt does no harm: a copy that is dropped would close the original's connection."""
     monkeypatch.chdir(tmp_path)
     with DB.open(path) as db, db.transaction() as conn:
-        with pytest.raises(TypeError, match=r"^cannot copy or pickle <daemon_db\.DB '.*' open>: open a DB there$"):
+        with pytest.raises(TypeError, match=r"^cannot copy or pickle <DB '.*' open>: open a DB there$"):
             duplicate(db)
         assert conn.in_transaction
         assert conn.execute("SELECT count(*) FROM runs").fetchone() == (0,)
@@ -98,7 +98,7 @@ def test_the_documented_defaults(tmp_path: Path) -> None:
         for name, parameter in inspect.signature(DB.open).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
-    assert defaults == {"timeout": 5.0, "on_connect": None, "read_only": False}
+    assert defaults == {"timeout": 5.0, "on_connect": None, "read_only": False, "create": True}
     with DB.open(tmp_path / "daemon.db") as db:
         assert db.conn.execute("PRAGMA busy_timeout").fetchone() == (5000,)
         assert in_thread(lambda: db.conn.execute("PRAGMA busy_timeout").fetchone()) == (5000,)
