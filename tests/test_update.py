@@ -749,3 +749,8 @@ def test_a_file_of_a_released_version_is_brought_up_to_date(tmp_path: Path, newe
 
 def test_the_first_released_schema_is_kept() -> None:
     assert (SCHEMAS / "0.1.0.sql").exists()
+
+
+def test_the_schema_of_this_version_is_kept() -> None:
+    name = f"{daemon_db.__version__}.sql"
+    assert (SCHEMAS / name).exists(), f"keep the release's schema: cp src/daemon_db/schema.sql tests/schemas/{name}"
