@@ -35,6 +35,7 @@ from pathlib import Path
 
 import daemon_db
 from daemon_db import DB
+from support import insertion
 
 SCHEMA = Path(daemon_db.__file__).with_name("schema.sql").read_text(encoding="utf-8")
 CHART = Path(__file__).with_name("append-latency.svg")
@@ -48,13 +49,17 @@ READING = 0.050
 ENOUGH_WAL = 2e9
 """Bytes: more would only fill the disk."""
 
-INSERT_RUN = """
-    INSERT INTO runs (id, feature_branch, repo_path, target_branch, tasks_dir, parallelism, status)
-    VALUES (?, ?, '/srv/repositories/main', 'main', 'tasks', 4, ?)"""
-INSERT_UNIT = "INSERT INTO units (id, run_id, unit_id, status) VALUES (?, 'run-1', ?, 'pending')"
+with closing(sqlite3.connect(":memory:")) as _conn:
+    _conn.executescript(SCHEMA)
+    _run = {"id": "?1", "feature_branch": "?2", "repo_path": "'/srv/repositories/main'", "target_branch": "'main'"}
+    _run |= {"tasks_dir": "'tasks'", "parallelism": "4", "status": "?3"}
+    _unit = {"id": "?1", "run_id": "'run-1'", "unit_id": "?2", "status": "'pending'"}
+    _event = {"run_id": "?1", "sequence": "?2", "event_type": "'unit.completed'", "payload_json": "?3"}
+    INSERT_RUN = insertion(_conn, "runs", **_run)
+    INSERT_UNIT = insertion(_conn, "units", **_unit)
+    INSERT_EVENT = insertion(_conn, "events", **_event)
 UPDATE_UNIT = "UPDATE units SET status = ?, started_at = datetime('now') WHERE id = ?"
 NEXT_SEQUENCE = "SELECT coalesce(max(sequence), 0) + 1 FROM events WHERE run_id = ?"
-INSERT_EVENT = "INSERT INTO events (run_id, sequence, event_type, payload_json) VALUES (?, ?, 'unit.completed', ?)"
 PAYLOAD = '{"unit": "unit-1", "attempt": 1, "seconds": 12.5, "log": "/srv/logs/run-1/unit-1.log"}'
 
 

@@ -4,6 +4,12 @@ import os
 import signal
 import sqlite3
 import sys
+from collections.abc import Iterator
+
+import pytest
+
+from daemon_db import _schema
+from support import FIRST, use_schema
 
 # A shell without job control starts what is to run in the background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -14,3 +20,12 @@ os.umask(0o022)  # what a test makes, another user may read
 def pytest_report_header() -> str:
     is_enabled = getattr(sys, "_is_gil_enabled", lambda: True)  # from 3.13 on; before, there was no other way
     return f"SQLite {sqlite3.sqlite_version}, GIL {'on' if is_enabled() else 'off'}"
+
+
+@pytest.fixture
+def first_schema() -> Iterator[None]:
+    """For a test that edits the schema's text: it sees `FIRST` as `schema.sql`, whatever a maintainer has added."""
+    shipped = _schema.SQL
+    use_schema(FIRST)
+    yield
+    use_schema(shipped)

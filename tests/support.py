@@ -22,7 +22,6 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-import daemon_db
 from daemon_db import DB, _schema
 
 Result = TypeVar("Result")
@@ -45,12 +44,68 @@ LIMIT = rounds(60, 600)
 """Seconds, for what must come to its end however slow the machine is: far more than it takes."""
 
 
+# The schema, which may have more than a test knows of
+
+
+FIRST = Path(__file__).with_name("schemas").joinpath("0.1.0.sql").read_text(encoding="utf-8")
+"""The first released `schema.sql`, for the tests that edit a schema's text: they need one that stays as it is."""
+
+
+def use_schema(script: str) -> None:
+    """Make this process's version one with another `schema.sql`."""
+    _schema.SQL = script
+    _schema.expected.cache_clear()
+    _schema._complete.clear()
+
+
+def spare(table: str) -> str:
+    """A column of `table` that takes any text, and NULL in a row that doesn't name it."""
+    return next(name for name, words in _schema.expected().tables[table].columns.items() if words == "TEXT")
+
+
+_REQUIRED = """
+    "notnull" AND dflt_value IS NULL
+    AND (NOT pk OR EXISTS (SELECT 1 FROM pragma_index_list(:table) WHERE origin = 'pk'))  -- else it is the rowid"""
+
+
+def insertion(conn: sqlite3.Connection, table: str, source: str = "", /, **values: str) -> str:
+    """The INSERT of a row with these values, each written in SQL; with a `source`, "FROM n", of a row for each there.
+
+    A column that must have a value and isn't among them gets some number, and a value without a column is left out. So
+    a change of `schema.sql` fails no test that isn't about it.
+    """
+    named = f"lower(name) IN ({', '.join(map(repr, values))})"
+    select = f"SELECT lower(name) FROM pragma_table_info(:table) WHERE {named} OR {_REQUIRED}"
+    # Not by conn.execute(), which takes the connection's row factory. And the cursor is in no variable: a traceback
+    # would keep it half read, and SQLite's lock with it.
+    found = sqlite3.Cursor(conn).execute(select, {"table": table}).fetchall()
+    row = {name: values.get(name, "abs(random() % 1000000000000)") for (name,) in found}
+    names, expressions = ", ".join(f'"{name}"' for name in row), ", ".join(row.values())
+    rows = f"SELECT {expressions} {source}" if source else f"VALUES ({expressions})"
+    return f"INSERT INTO {table} ({names}) {rows}"
+
+
+def insert(conn: sqlite3.Connection, table: str, **values: object) -> None:
+    """Insert a row with these values, and in each other column that must have one some number."""
+    conn.execute(insertion(conn, table, **{name: f":{name}" for name in values}), values)
+
+
 def insert_run(conn: sqlite3.Connection, run_id: str = "run-1") -> None:
-    conn.execute(
-        "INSERT INTO runs (id, feature_branch, repo_path, target_branch, tasks_dir, parallelism, status)"
-        " VALUES (?, ?, '/repo', 'main', 'tasks', 4, 'running')",
-        (run_id, f"feature/{run_id}"),
+    insert(
+        conn,
+        "runs",
+        id=run_id,
+        feature_branch=f"feature/{run_id}",
+        repo_path=f"/repo/{run_id}",
+        target_branch=f"main/{run_id}",
+        tasks_dir=f"tasks/{run_id}",
+        parallelism=4,
+        status="running",
     )
+
+
+def insert_unit(conn: sqlite3.Connection, run_id: str = "run-1", unit_id: str = "unit-1") -> None:
+    insert(conn, "units", id=f"{run_id}/{unit_id}", run_id=run_id, unit_id=unit_id, status="pending")
 
 
 def append_event(conn: sqlite3.Connection, run_id: str = "run-1") -> int:
@@ -58,25 +113,35 @@ def append_event(conn: sqlite3.Connection, run_id: str = "run-1") -> int:
     (sequence,) = conn.execute(
         "SELECT coalesce(max(sequence), 0) + 1 FROM events WHERE run_id = ?", (run_id,)
     ).fetchone()
-    conn.execute("INSERT INTO events (run_id, sequence, event_type) VALUES (?, ?, 'step')", (run_id, sequence))
+    insert(conn, "events", run_id=run_id, sequence=sequence, event_type="step")
     return int(sequence)
 
 
-FILL = """
+def count_objects(conn: sqlite3.Connection) -> int:
+    """How many tables and indexes there are, but for the indexes that constraints have."""
+    select = "SELECT count(*) FROM sqlite_master WHERE type IN ('table', 'index') AND sql NOT NULL"
+    return int(conn.execute(select).fetchone()[0])
+
+
+def _filling() -> str:
+    with closing(sqlite3.connect(":memory:")) as conn:
+        conn.executescript(_schema.SQL)
+        run = {"id": "'run-' || i", "feature_branch": "'feature/' || i", "status": "'running'"}
+        unit = {"id": "runs.id || '/' || i", "run_id": "runs.id", "unit_id": "i", "status": "'pending'"}
+        event = {"run_id": "runs.id", "sequence": "i", "event_type": "'step'"}
+        return f"""
 WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300)
-INSERT INTO runs SELECT 'run-' || i, 'feature/' || i, '/repo', 'main', 'tasks', 4, 'running', NULL, NULL, NULL, NULL
-FROM n;
+{insertion(conn, "runs", "FROM n", **run)};
 WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10)
-INSERT INTO units (id, run_id, unit_id, status) SELECT runs.id || '/' || i, runs.id, i, 'pending' FROM runs, n;
+{insertion(conn, "units", "FROM runs, n", **unit)};
 WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20)
-INSERT INTO events (run_id, sequence, event_type) SELECT runs.id, i, 'step' FROM runs, n;
+{insertion(conn, "events", "FROM runs, n", **event)};
 """
 
 
 def fill_with_sqlite3(path: Path) -> None:
     """Have the `sqlite3` program make a database: 300 runs, each with 10 units and 20 events, rollback-journal mode."""
-    schema = Path(daemon_db.__file__).with_name("schema.sql").read_text(encoding="utf-8")
-    subprocess.run(["sqlite3", path], input=schema + FILL, text=True, check=True, timeout=LIMIT)
+    subprocess.run(["sqlite3", path], input=_schema.SQL + _filling(), text=True, check=True, timeout=LIMIT)
 
 
 def make_rollback(path: Path, runs: int = 1, script: str = _schema.SQL) -> None:
@@ -100,7 +165,7 @@ def make_killed(path: Path, runs: int = 1, mode: str = "wal") -> None:
     with closing(sqlite3.connect(source, isolation_level=None)) as conn:
         conn.execute(f"PRAGMA journal_mode={mode}")
         make_rollback(source, runs)
-        conn.executescript("PRAGMA cache_size=1; BEGIN; UPDATE runs SET config_json = hex(zeroblob(10000))")
+        conn.executescript(f"PRAGMA cache_size=1; BEGIN; UPDATE runs SET {spare('runs')} = hex(zeroblob(10000))")
         copy(source, path)
     source.unlink()
 

@@ -1,4 +1,7 @@
-"""Which schemas are refused and which accepted: tables of differences, a row each with the problems that name it."""
+"""Which schemas are refused and which accepted: tables of differences, a row each with the problems that name it.
+
+The differences are edits of the first released schema's text, which is what `schema.sql` is here.
+"""
 
 import os
 import re
@@ -9,21 +12,23 @@ from pathlib import Path
 import pytest
 
 from daemon_db import DB, SchemaError, _schema
-from daemon_db._schema import SQL
-from support import append_event, insert_run
+from support import FIRST as SQL
+from support import append_event, insert_run, insert_unit
+
+pytestmark = pytest.mark.usefixtures("first_schema")
 
 STATEMENTS = {
     re.split(r"[ (]", statement.split("EXISTS ")[1])[0]: statement + ";\n"
     for statement in (" ".join(text.split()) for text in re.sub("--.*", "", SQL).split(";"))
     if statement
 }
-"""The statements of `schema.sql` by the names they create, one line each: not the text that a file normally has."""
+"""The statements of the schema by the names they create, one line each: not the text that a file normally has."""
 
 NOTES = "CREATE TABLE notes (id INTEGER PRIMARY KEY, text TEXT UNIQUE);\n"
 
 
 def schema(**edits: str | tuple[str, str]) -> str:
-    """`schema.sql` with some of its statements edited: (old part, new part), or the whole statement, "" for none."""
+    """The schema with some of its statements edited: (old part, new part), or the whole statement, "" for none."""
     statements = dict(STATEMENTS)
     for name, edit in edits.items():
         if isinstance(edit, tuple):
@@ -504,9 +509,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 def insert_everywhere(conn: sqlite3.Connection, run_id: str = "run-2") -> None:
     insert_run(conn, run_id)
-    conn.execute(
-        "INSERT INTO units (id, run_id, unit_id, status) VALUES (? || '/u', ?, 'u', 'ready')", (run_id, run_id)
-    )
+    insert_unit(conn, run_id, "u")
     assert append_event(conn, run_id) == 1
 
 

@@ -436,7 +436,7 @@ def test_asking_in_the_middle_of_a_statement_whether_the_db_is_closed(tmp_path: 
     code = """
 import sqlite3, sys, threading
 from daemon_db import DB
-from support import in_thread, insert_run, join
+from support import in_thread, insert_run, insertion, join
 
 refused = []
 
@@ -452,7 +452,8 @@ def rows():
 
 def work():
     insert_run(db.conn)
-    db.conn.executemany("INSERT INTO events (run_id, sequence, event_type) VALUES ('run-1', ?, '')", rows())
+    insert = insertion(db.conn, "events", run_id="'run-1'", sequence="?", event_type="''")
+    db.conn.executemany(insert, rows())
 
 db = DB.open(sys.argv[1])
 in_thread(work)

@@ -19,22 +19,22 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, OpenError, SchemaError
+from daemon_db import DB, OpenError, SchemaError, _schema
 from daemon_db.errors import AFTER_DAMAGE
-from support import LIMIT, append_event, end, insert_run, make_rollback, open_files, rounds, start
+from support import FIRST, LIMIT, append_event, end, insert_run, insert_unit, make_rollback, open_files, rounds, start
 
 SEEDS = range(rounds(300, 1000))
 """Of random damages, one each. To run a failing one again, put it here alone."""
 
 PAGE = 4096
 MAGIC = b"SQLite format 3\0"
-TABLES = ("runs", "units", "events")
 OUTCOMES = {"works", "fails in use", "refused"}
 Files = dict[str, bytes]  # by what their names end in: "" for the database, "-wal", "-journal"
 
 MAKE = """
 import os, signal, sqlite3, sys
 from daemon_db import DB, _schema
+from support import insert, spare
 for name in "closed", "killed":
     if name == "closed":
         conn = sqlite3.connect(f"{sys.argv[1]}/{name}.db")
@@ -44,13 +44,13 @@ for name in "closed", "killed":
     db.conn.execute("PRAGMA wal_autocheckpoint=0")
     for run in range(12):
         with db.transaction() as conn:
-            conn.execute("INSERT INTO runs VALUES (?, ?, '/repo', 'main', 'tasks', 4, 'new', 0, 0, '', '')", (run, run))
-            conn.execute("INSERT INTO units (id, run_id, unit_id, status) VALUES (?, ?, 'unit', 'ready')", (run, run))
+            insert(conn, "runs", id=run, feature_branch=run, repo_path="/repo", parallelism=4, status="new")
+            insert(conn, "units", id=run, run_id=run, unit_id="unit", status="ready")
     for sequence in range(1, 81):
         if sequence == 41:
             db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         payload = "x" * (10_000 if sequence % 20 == 0 else 100)
-        db.conn.execute("INSERT INTO events VALUES (NULL, '1', ?, 'step', '1', ?, '2025-01-01')", (sequence, payload))
+        insert(db.conn, "events", run_id="1", sequence=sequence, event_type="step", **{spare("events"): payload})
     if name == "closed":
         db.close()
 os.kill(os.getpid(), signal.SIGKILL)
@@ -93,11 +93,11 @@ def write(path: Path, files: Files) -> Path:
 
 
 def use(db: DB) -> None:
-    for table in TABLES:
+    for table in _schema.tables():
         db.conn.execute(f"SELECT * FROM {table}").fetchall()
     with db.transaction() as conn:
         insert_run(conn, "run-new")
-        conn.execute("INSERT INTO units (id, run_id, unit_id, status) VALUES ('new', 'run-new', 'u', 'ready')")
+        insert_unit(conn, "run-new")
         append_event(conn, "run-new")
 
 
@@ -257,10 +257,11 @@ EXPECTED = {
 def rollback(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """An empty database."""
     path = tmp_path_factory.mktemp("rollback") / "daemon.db"
-    make_rollback(path, runs=0)
+    make_rollback(path, runs=0, script=FIRST)
     return path.read_bytes()
 
 
+@pytest.mark.usefixtures("first_schema")
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize(("name", "column"), EXPECTED)
 def test_a_damaged_catalogue(rollback: bytes, tmp_path: Path, name: str, column: str, value: str) -> None:

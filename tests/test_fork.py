@@ -12,7 +12,7 @@ from support import rounds, run, something_is_forbidden
 
 PROLOGUE = """
 import gc, os, signal, sqlite3, sys, threading, warnings
-from support import LIMIT, append_event, in_thread, insert_run, join, wait_for
+from support import LIMIT, append_event, in_thread, insert_run, insertion, join, spare, wait_for
 from daemon_db import DB, OpenError
 
 warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
@@ -39,8 +39,8 @@ def check(child):
 def fill(conn):
     "So much that uncommitted pages are in the WAL already."
     conn.execute("PRAGMA cache_size=10")
-    conn.executemany("INSERT INTO events (run_id, sequence, event_type, payload_json) VALUES ('run-1', ?, 'x', ?)",
-        ((number, "y" * 2000) for number in range(1000)))
+    values = {"run_id": "'run-1'", "sequence": "?", "event_type": "'x'", spare("events"): f"'{'y' * 2000}'"}
+    conn.executemany(insertion(conn, "events", **values), ((number,) for number in range(1000)))
 """
 
 
@@ -115,7 +115,8 @@ def test_a_transaction_of_the_forking_thread_survives_the_child(dropped: str, le
                     gc.collect()
                 leave(0)
             check(child)
-            assert conn.execute("SELECT count(*), sum(length(payload_json)) FROM events").fetchone() == (1000, 2000000)
+            select = f"SELECT count(*), sum(length({{spare('events')}})) FROM events"
+            assert conn.execute(select).fetchone() == (1000, 2000000)
         assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1000,)
         db.close()

@@ -402,7 +402,7 @@ USE_A_LOST_ONE = """
 import os, shutil, sqlite3, subprocess, sys, threading
 from daemon_db import DB, OpenError, _guard, _opening, _process
 from daemon_db._connection import thread
-from support import in_thread, insert_run, open_files
+from support import in_thread, insert_run, insertion, open_files
 
 def refused(use):
     count = len(asked)
@@ -424,7 +424,7 @@ beside = DB.open(path)
 insert_run(db.conn)
 for suffix in "", "-shm":  # SQLite 3.53 asks for the lock on the -shm, too, before it takes itself for the last one
     open(path + suffix).close()
-insert = "INSERT INTO units (id, run_id, unit_id, status) VALUES ('u', 'run-1', 'u', '')"
+insert = insertion(db.conn, "units", id="'u'", run_id="'run-1'", unit_id="'u'")
 subprocess.run(["sqlite3", path, insert], check=True)
 assert not os.path.exists(path + "-wal")
 
@@ -592,7 +592,7 @@ LOSE = f"""
 import os, sqlite3, subprocess, sys
 from daemon_db import DB, OpenError, _guard, _opening, _process
 from daemon_db._connection import thread
-from support import end, in_thread, insert_run, run, start
+from support import end, in_thread, insert_run, run, spare, start
 
 def refused(use):
     try:
@@ -664,7 +664,7 @@ db.close()
     "without the lock, within a block with an automatic checkpoint": """
 def block():
     with db.transaction() as conn:
-        conn.execute("UPDATE runs SET config_json = hex(randomblob(4000000)) WHERE id = 'before'")
+        conn.execute(f"UPDATE runs SET {spare('runs')} = hex(randomblob(4000000)) WHERE id = 'before'")
         lose()
         end(other())
 db.close()

@@ -23,6 +23,7 @@ except OpenError as error:
 APPEND_LIMITED = """
 import os, resource, sqlite3, sys
 from daemon_db import DB
+from support import insertion, spare
 
 path, cache_size = sys.argv[1:]
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -33,10 +34,7 @@ def append(count):
     try:
         with db.transaction() as conn:
             for _ in range(count):
-                conn.execute(
-                    "INSERT INTO events (run_id, sequence, event_type, payload_json)"
-                    " SELECT 'run-1', count(*) + 1, 'step', hex(zeroblob(2000)) FROM events"
-                )
+                conn.execute(insert)
                 ran += 1
     except sqlite3.OperationalError as error:
         print(error, "in COMMIT" if ran == count else "in INSERT")
@@ -45,6 +43,8 @@ def append(count):
 
 
 with DB.open(path, on_connect=lambda conn: conn.execute(f"PRAGMA cache_size={cache_size}")) as db:
+    event = {"run_id": "'run-1'", "sequence": "(SELECT count(*) + 1 FROM events)", "event_type": "'step'"}
+    insert = insertion(db.conn, "events", **event, **{spare("events"): "hex(zeroblob(2000))"})
     append(3)
     resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path + "-wal") + 100_000, hard))
     append(100)

@@ -9,15 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import daemon_db
 from daemon_db import DB
-from support import append_event, insert_run
-
-
-def insert_unit(conn: sqlite3.Connection, run_id: str = "run-1", unit_id: str = "unit-1") -> None:
-    conn.execute(
-        "INSERT INTO units (id, run_id, unit_id, status) VALUES (?, ?, ?, 'pending')",
-        (f"{run_id}/{unit_id}", run_id, unit_id),
-    )
+from support import append_event, insert, insert_run, insert_unit
 
 
 def count(conn: sqlite3.Connection, table: str) -> int:
@@ -140,90 +134,40 @@ class TestOpenForeignKeys:
             assert db.conn.execute("SELECT run_id FROM events").fetchall() == [("run-2",)]
 
 
-COLUMNS = {  # name: type, NOT NULL, default, primary key
-    "runs": {
-        "id": ("TEXT", 0, None, 1),
-        "feature_branch": ("TEXT", 1, None, 0),
-        "repo_path": ("TEXT", 1, None, 0),
-        "target_branch": ("TEXT", 1, None, 0),
-        "tasks_dir": ("TEXT", 1, None, 0),
-        "parallelism": ("INTEGER", 1, None, 0),
-        "status": ("TEXT", 1, None, 0),
-        "started_at": ("DATETIME", 0, None, 0),
-        "completed_at": ("DATETIME", 0, None, 0),
-        "error": ("TEXT", 0, None, 0),
-        "config_json": ("TEXT", 0, None, 0),
-    },
-    "units": {
-        "id": ("TEXT", 0, None, 1),
-        "run_id": ("TEXT", 1, None, 0),
-        "unit_id": ("TEXT", 1, None, 0),
-        "status": ("TEXT", 1, None, 0),
-        "branch": ("TEXT", 0, None, 0),
-        "worktree_path": ("TEXT", 0, None, 0),
-        "started_at": ("DATETIME", 0, None, 0),
-        "completed_at": ("DATETIME", 0, None, 0),
-        "error": ("TEXT", 0, None, 0),
-    },
-    "events": {
-        "id": ("INTEGER", 0, None, 1),
-        "run_id": ("TEXT", 1, None, 0),
-        "sequence": ("INTEGER", 1, None, 0),
-        "event_type": ("TEXT", 1, None, 0),
-        "unit_id": ("TEXT", 0, None, 0),
-        "payload_json": ("TEXT", 0, None, 0),
-        "created_at": ("DATETIME", 0, "CURRENT_TIMESTAMP", 0),
-    },
-}
+def tables(conn: sqlite3.Connection) -> list[str]:
+    catalogue = conn.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'")
+    return [name for (name,) in catalogue]
 
-INDEXES = {
-    "idx_runs_status": ("runs", ["status"]),
-    "idx_units_run_id": ("units", ["run_id"]),
-    "idx_units_status": ("units", ["status"]),
-    "idx_events_run_id": ("events", ["run_id"]),
-    "idx_events_sequence": ("events", ["run_id", "sequence"]),
-}
+
+def shape(conn: sqlite3.Connection) -> dict[str, list[object]]:
+    """The columns, the foreign keys, the indexes and their columns."""
+    found: dict[str, list[object]] = {}
+    for table in tables(conn):
+        for pragma in "table_info", "foreign_key_list", "index_list":
+            found[f"{pragma}({table})"] = conn.execute(f"PRAGMA {pragma}({table})").fetchall()
+        for _, name, *_ in conn.execute(f"PRAGMA index_list({table})").fetchall():
+            found[name] = conn.execute(f"PRAGMA index_info({name})").fetchall()
+    return found
 
 
 class TestOpenMigration:
-    def test_tables_and_columns(self, tmp_path: Path) -> None:
-        with DB.open(tmp_path / "daemon.db") as db:
-            found = {
-                table: {
-                    row[1]: (row[2], row[3], row[4], row[5]) for row in db.conn.execute(f"PRAGMA table_info({table})")
-                }
-                for (table,) in db.conn.execute(
-                    "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
-                )
-            }
-            assert found == COLUMNS
-            assert [list(columns) for columns in found.values()] == [list(columns) for columns in COLUMNS.values()]
+    def test_tables_columns_keys_and_indexes(self, tmp_path: Path) -> None:
+        """What SQLite alone makes of `schema.sql`."""
+        with DB.open(tmp_path / "daemon.db") as db, closing(sqlite3.connect(":memory:")) as plain:
+            plain.executescript(Path(daemon_db.__file__).with_name("schema.sql").read_text(encoding="utf-8"))
+            assert shape(db.conn) == shape(plain)
 
     @pytest.mark.parametrize("table", ["units", "events"])
     def test_foreign_keys(self, table: str, tmp_path: Path) -> None:
         with DB.open(tmp_path / "daemon.db") as db:
-            assert db.conn.execute(f"PRAGMA foreign_key_list({table})").fetchall() == [
-                (0, 0, "runs", "run_id", "id", "NO ACTION", "CASCADE", "NONE")
-            ]
-
-    def test_indexes(self, tmp_path: Path) -> None:
-        with DB.open(tmp_path / "daemon.db") as db:
-            found = {
-                name: (table, [row[2] for row in db.conn.execute(f"PRAGMA index_info({name})")])
-                for name, table in db.conn.execute(
-                    "SELECT name, tbl_name FROM sqlite_master WHERE type = 'index' AND sql NOT NULL"
-                )
-            }
-            assert found == INDEXES
+            keys = [key[1:] for key in db.conn.execute(f"PRAGMA foreign_key_list({table})")]
+            assert (0, "runs", "run_id", "id", "NO ACTION", "CASCADE", "NONE") in keys
 
     def test_a_branch_has_one_run_in_a_repository(self, tmp_path: Path) -> None:
         with DB.open(tmp_path / "daemon.db") as db:
             insert_run(db.conn)
             with pytest.raises(sqlite3.IntegrityError, match=r"runs.feature_branch, runs.repo_path"):
-                db.conn.execute(
-                    "INSERT INTO runs SELECT 'run-2', feature_branch, repo_path, 'main', 'tasks', 1, 'new', NULL, NULL,"
-                    " NULL, NULL FROM runs"
-                )
+                insert(db.conn, "runs", id="run-2", feature_branch="feature/run-1", repo_path="/repo/run-1")
             db.conn.execute("UPDATE runs SET repo_path = '/elsewhere'")
             insert_run(db.conn, "run-2")
 
@@ -232,14 +176,14 @@ class TestOpenMigration:
             insert_run(db.conn)
             insert_unit(db.conn)
             with pytest.raises(sqlite3.IntegrityError, match=r"units.run_id, units.unit_id"):
-                db.conn.execute("INSERT INTO units (id, run_id, unit_id, status) VALUES ('x', 'run-1', 'unit-1', '')")
+                insert(db.conn, "units", id="x", run_id="run-1", unit_id="unit-1")
 
     def test_a_sequence_number_is_in_a_run_once(self, tmp_path: Path) -> None:
         with DB.open(tmp_path / "daemon.db") as db:
             insert_run(db.conn)
             append_event(db.conn)
             with pytest.raises(sqlite3.IntegrityError, match=r"events.run_id, events.sequence"):
-                db.conn.execute("INSERT INTO events (run_id, sequence, event_type) VALUES ('run-1', 1, 'again')")
+                insert(db.conn, "events", run_id="run-1", sequence=1, event_type="again")
 
     def test_created_at_is_now_in_utc(self, tmp_path: Path) -> None:
         with DB.open(tmp_path / "daemon.db") as db:
@@ -265,7 +209,7 @@ class TestOpenMigration:
             append_event(db.conn)
         before = (tmp_path / "daemon.db").read_bytes()
         with DB.open(tmp_path / "daemon.db") as db:
-            assert [count(db.conn, table) for table in COLUMNS] == [1, 1, 1]
+            assert [count(db.conn, table) for table in ("runs", "units", "events")] == [1, 1, 1]
         assert (tmp_path / "daemon.db").read_bytes() == before
 
 

@@ -308,8 +308,8 @@ class TestNotToBeOpened:
         make_rollback(tmp_path / "db")
         execute = sqlite3.Connection.execute
 
-        def execute_but_for_foreign_keys(conn: sqlite3.Connection, sql: str) -> sqlite3.Cursor:
-            return execute(conn, "SELECT 1" if sql == "PRAGMA foreign_keys=ON" else sql)
+        def execute_but_for_foreign_keys(conn: sqlite3.Connection, sql: str, *values: object) -> sqlite3.Cursor:
+            return execute(conn, "SELECT 1" if sql == "PRAGMA foreign_keys=ON" else sql, *values)
 
         monkeypatch.setattr(_connection.Connection, "execute", execute_but_for_foreign_keys)
         refused(tmp_path / "db", "this SQLite was built without foreign keys", read_only=read_only)

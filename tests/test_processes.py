@@ -25,6 +25,7 @@ from support import (
     OPEN_AND_DIE,
     began_and_done,
     copy,
+    count_objects,
     end,
     insert_run,
     kill_at_random,
@@ -34,11 +35,12 @@ from support import (
     make_wal,
     rounds,
     run,
+    spare,
     start,
     together,
 )
 
-RUNS = _schema.SQL.partition(";")[0]
+RUNS = _schema.expected().objects["runs"].sql
 
 
 def make_partial(path: Path) -> None:
@@ -53,13 +55,15 @@ def make_partial_wal(path: Path) -> None:
 def state(conn: sqlite3.Connection) -> tuple[str, int, int]:
     """Journal mode, how many objects of the schema there are, and how many runs as they were inserted."""
     (mode,) = conn.execute("PRAGMA journal_mode").fetchone()
-    (objects,) = conn.execute("SELECT count(*) FROM sqlite_master WHERE sql NOT NULL").fetchone()
-    (runs,) = conn.execute("SELECT count(*) FROM runs WHERE config_json IS NULL").fetchone()
-    return mode, objects, runs
+    (runs,) = conn.execute(f"SELECT count(*) FROM runs WHERE {spare('runs')} IS NULL").fetchone()
+    return mode, count_objects(conn), runs
 
 
-FRESH = ("wal", 9, 0)  # 3 tables, sqlite_sequence and 5 indexes
-KEPT = ("wal", 9, 3)
+with closing(sqlite3.connect(":memory:")) as _conn:
+    _conn.executescript(_schema.SQL)
+    ALL = count_objects(_conn)
+FRESH = ("wal", ALL, 0)
+KEPT = ("wal", ALL, 3)
 
 
 def is_whole(path: Path) -> tuple[str, int, int]:
@@ -124,14 +128,15 @@ class Moments:
 
 OPEN_EACH = """
 from daemon_db import DB
+from support import count_objects, spare
 
 for path in sys.argv[2:]:
     wait()
     try:
         with DB.open(path, timeout=600) as db:
             (mode,) = db.conn.execute("PRAGMA journal_mode").fetchone()
-            (objects,) = db.conn.execute("SELECT count(*) FROM sqlite_master WHERE sql NOT NULL").fetchone()
-            print(mode, objects, *db.conn.execute("SELECT count(*) FROM runs WHERE config_json IS NULL").fetchone())
+            (runs,) = db.conn.execute(f"SELECT count(*) FROM runs WHERE {spare('runs')} IS NULL").fetchone()
+            print(mode, count_objects(db.conn), runs)
     except Exception as error:
         print(repr(error))
 """
@@ -157,7 +162,8 @@ class TestTogether:
         make_killed(templates[3], 3, "wal")
         times = math.ceil(rounds(64, 3000) / count)
         paths = [copy(path, path.with_suffix(f".{number}")) for number in range(times) for path in templates]
-        assert together(count, OPEN_EACH, *paths) == ["wal 9 0\nwal 9 3\nwal 9 3\nwal 9 3\n" * times] * count
+        printed = f"wal {ALL} 0\n" + f"wal {ALL} 3\n" * 3
+        assert together(count, OPEN_EACH, *paths) == [printed * times] * count
 
     def test_processes_open_insert_and_close_in_a_loop(self, tmp_path: Path) -> None:
         cycles = rounds(20, 625)
@@ -201,7 +207,7 @@ class TestTogether:
                 moments = Moments(path, moment, step, patch)
                 db = DB.open(path)
             with db:
-                assert state(db.conn) in (("wal", 9, runs), ("wal", 9, runs + 1))
+                assert state(db.conn) in (("wal", ALL, runs), ("wal", ALL, runs + 1))
                 assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
             steps.close()
             assert moments.errors == []
@@ -228,8 +234,8 @@ for number in itertools.count():
 COMMIT_IN_A_LOOP = """
 import itertools, os, resource, signal, sys
 from daemon_db import DB
+from support import insertion, spare
 
-EVENT = "INSERT INTO events (run_id, sequence, event_type, payload_json) VALUES ('run-1', ?, 'step', ?)"
 path, first, moment = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
 
@@ -248,11 +254,13 @@ def die(statement):
 
 
 with DB.open(path, on_connect=configure) as db:
+    event = {"run_id": "'run-1'", "sequence": ":sequence", "event_type": "'step'", spare("events"): ":payload"}
+    insert = insertion(db.conn, "events", **event)
     for number in itertools.count(first):
         os.write(1, b"begin %d\\n" % number)
         with db.transaction() as conn:
             for sequence in range(10 * number, 10 * number + 10):
-                conn.execute(EVENT, (sequence, "x" * 2000))
+                conn.execute(insert, {"sequence": sequence, "payload": "x" * 2000})
             if number == first + 2:
                 if moment == "in a write":
                     size = os.path.getsize(path + "-wal")
@@ -268,13 +276,12 @@ with DB.open(path, on_connect=configure) as db:
 def objects_in(path: Path) -> int:
     """How many objects SQLite finds in the schema."""
     with closing(sqlite3.connect(path)) as conn:
-        (objects,) = conn.execute("SELECT count(*) FROM sqlite_master WHERE sql NOT NULL").fetchone()
-    return int(objects)
+        return count_objects(conn)
 
 
 def check_killed(path: Path, is_new: bool) -> None:
     """The file is the old one or the new one; the next open works, and has the whole schema and the rows."""
-    assert objects_in(copy(path, path.with_suffix(".copy"))) in (0 if is_new else 1, 9)
+    assert objects_in(copy(path, path.with_suffix(".copy"))) in (0 if is_new else 1, ALL)
     assert is_whole(path) == (FRESH if is_new else KEPT)
 
 

@@ -14,6 +14,7 @@ from daemon_db import DB, OpenError, SchemaError, _schema
 from daemon_db.errors import AFTER_DAMAGE
 from support import (
     CHANGES,
+    FIRST,
     LIMIT,
     append_event,
     end,
@@ -29,6 +30,7 @@ from support import (
     run,
     run_unprivileged,
     something_is_forbidden,
+    spare,
     start,
 )
 
@@ -280,7 +282,7 @@ class TestRefused:
     def test_what_is_to_be_played_back_is_there_afterwards(self, tmp_path: Path) -> None:
         make_hot(tmp_path / "db")
         with DB.open(tmp_path / "db") as db:
-            assert db.conn.execute("SELECT count(*), max(config_json) FROM runs").fetchone() == (1, None)
+            assert db.conn.execute(f"SELECT count(*), max({spare('runs')}) FROM runs").fetchone() == (1, None)
         with DB.open(tmp_path / "db", read_only=True) as db:
             assert count(db) == 1
 
@@ -333,14 +335,15 @@ except daemon_db.OpenError as error:
         [
             ("", ["runs", "units", "events"]),
             ("CREATE TABLE other (x)", ["other", "another program"]),
-            (_schema.SQL + "DROP INDEX idx_units_status; DROP TABLE events", ["idx_units_status", "events"]),
-            (_schema.SQL + "ALTER TABLE runs RENAME COLUMN error TO failure", ["runs.error"]),
+            (FIRST + "DROP INDEX idx_units_status; DROP TABLE events", ["idx_units_status", "events"]),
+            (FIRST + "ALTER TABLE runs RENAME COLUMN error TO failure", ["runs.error"]),
             (
-                _schema.SQL + "CREATE UNIQUE INDEX one ON runs (status)",
+                FIRST + "CREATE UNIQUE INDEX one ON runs (status)",
                 ["runs: extra unique constraint (status), by the index one"],
             ),
         ],
     )
+    @pytest.mark.usefixtures("first_schema")
     def test_a_schema_that_is_incomplete_or_does_not_fit(
         self, script: str, words: list[str], wal: bool, tmp_path: Path
     ) -> None:

@@ -12,9 +12,12 @@ import pytest
 
 import daemon_db
 from daemon_db import DB, SchemaError, _schema
-from daemon_db._schema import SQL
-from support import LIMIT, end, run, start
-from test_conflicts import HARMLESS, NOTES, RUNS_UNIQUE, STATEMENTS, create, files, insert_everywhere, refused, schema
+from daemon_db._schema import SQL as SHIPPED
+from support import FIRST as SQL
+from support import LIMIT, end, run, start, use_schema
+from test_conflicts import HARMLESS, NOTES, RUNS_UNIQUE, create, files, insert_everywhere, refused, schema
+
+pytestmark = pytest.mark.usefixtures("first_schema")
 
 EMPTY = {
     "no table left": NOTES + "DROP TABLE notes;",
@@ -22,13 +25,14 @@ EMPTY = {
     "only statistics": NOTES + "INSERT INTO notes VALUES (1, 'a'); ANALYZE; DROP TABLE notes;",
 }
 
+TABLES = _schema.tables()
+INDEXES = tuple(name for name, found in _schema.expected().objects.items() if found.kind == "index")
+
 MISSING = {
-    "runs": ("runs",),
-    "units": ("units",),
-    "events": ("events",),
+    **{name: (name,) for name in TABLES},
     "two tables": ("runs", "events"),
-    **{name: (name,) for name in STATEMENTS if name.startswith("idx_")},
-    "all indexes": tuple(name for name in STATEMENTS if name.startswith("idx_")),
+    **{name: (name,) for name in INDEXES},
+    "all indexes": INDEXES,
     "a table and an index of another": ("units", "idx_events_run_id"),
 }
 
@@ -40,29 +44,37 @@ def test_a_database_with_no_table_of_its_own_gets_the_schema(tmp_path: Path, scr
 
 
 def test_tables_and_indexes_are_all_that_the_comparison_knows() -> None:
-    """A view or a trigger in `schema.sql` would be created in new files, and not looked for in others."""
+    """A view or a trigger in `schema.sql` would never be created."""
     with closing(sqlite3.connect(":memory:")) as conn:
-        conn.executescript(SQL)
-        assert set(conn.execute("SELECT type FROM sqlite_master")) == {("table",), ("index",)}
-    assert _schema.tables() == ("runs", "units", "events")
+        conn.executescript(SHIPPED)
+        others = conn.execute("SELECT type, name FROM sqlite_master WHERE type NOT IN ('table', 'index')").fetchall()
+    assert others == [], "schema.sql is for tables and indexes"
+
+
+def test_schema_sql_can_be_executed_on_a_database_that_has_it() -> None:
+    """By another program, for one. The error names the statement that doesn't say IF NOT EXISTS."""
+    with closing(sqlite3.connect(":memory:")) as conn:
+        conn.executescript(SHIPPED)
+        conn.executescript(SHIPPED)
 
 
 @pytest.mark.parametrize("names", MISSING.values(), ids=MISSING)
 def test_what_is_missing_is_created_and_rows_are_kept(tmp_path: Path, names: tuple[str, ...]) -> None:
+    use_schema(SHIPPED)
     path = tmp_path / "daemon.db"
     with DB.open(path) as db:
         insert_everywhere(db.conn)
     with closing(sqlite3.connect(path)) as conn:
-        rows = {table: conn.execute(f"SELECT * FROM {table}").fetchall() for table in ("runs", "units", "events")}
+        rows = {table: conn.execute(f"SELECT * FROM {table}").fetchall() for table in TABLES}
         for name in names:
-            conn.execute(f"DROP {'INDEX' if name.startswith('idx_') else 'TABLE'} {name}")
+            conn.execute(f"DROP {'INDEX' if name in INDEXES else 'TABLE'} {name}")
             rows[name] = []
         problems = [addition.problem for addition in _schema.missing(conn, "a name")]
     for name in names:
-        assert f"{name}: missing {'index' if name.startswith('idx_') else 'table'}" in problems
+        assert f"{name}: missing {'index' if name in INDEXES else 'table'}" in problems
     with DB.open(path) as db:
         assert _schema.missing(db.conn, "a name") == ()
-        for table in ("runs", "units", "events"):
+        for table in TABLES:
             assert db.conn.execute(f"SELECT * FROM {table}").fetchall() == rows[table]
 
 

@@ -17,10 +17,12 @@ from support import in_thread
 from typed_caller import Store
 
 
+@pytest.mark.usefixtures("first_schema")
 def test_a_callers_program(tmp_path: Path) -> None:
     assert typed_caller.right(tmp_path / "daemon.db") == ["run.started", "unit.done"]
 
 
+@pytest.mark.usefixtures("first_schema")
 def test_a_subclass_gets_its_own_type(tmp_path: Path) -> None:
     with Store.open(tmp_path / "daemon.db") as store:
         assert type(store) is Store

@@ -1,14 +1,14 @@
 """Older files brought up to date: what is added, what is refused before the first write, versions mixed, kills.
 
-An older version's file is made of `schema.sql` as it is, and the newer version's schema is the same text edited: in
-this process, or in others by a copy of the package.
+An older version's file is made of the first released schema, and the newer version's schema is the same text edited: in
+this process, or in others by a copy of the package. At the end of the file: `schema.sql` as it is.
 """
 
 import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,33 @@ import pytest
 
 import daemon_db
 from daemon_db import DB, OpenError, SchemaError, _schema
-from daemon_db._schema import SQL
-from support import ENVIRONMENT, OPEN_AND_DIE, copy, end, insert_run, kill_at_random, rounds, run, start
+from daemon_db._schema import SQL as SHIPPED
+from support import (
+    ENVIRONMENT,
+    OPEN_AND_DIE,
+    copy,
+    end,
+    insert_run,
+    insertion,
+    kill_at_random,
+    rounds,
+    run,
+    start,
+    use_schema,
+)
+from support import FIRST as SQL
 from test_conflicts import HARMLESS, RUNS_UNIQUE, create, files, insert_everywhere, refused, schema
 
+pytestmark = pytest.mark.usefixtures("first_schema")
+
 SCHEMAS = Path(__file__).with_name("schemas")
-TABLES = ("runs", "units", "events")
 Newer = Callable[[str], None]
 
 
 @pytest.fixture
-def newer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Newer]:
+def newer(first_schema: None) -> Newer:
     """What makes this process's version one with another `schema.sql`."""
-
-    def use(script: str) -> None:
-        monkeypatch.setattr(_schema, "SQL", script)
-        _schema.expected.cache_clear()
-        _schema._complete.clear()
-
-    yield use
-    use(SQL)
+    return use_schema
 
 
 def with_column(text: str) -> str:
@@ -53,14 +60,21 @@ def older_file(path: Path, script: str = SQL, journal_mode: str = "delete") -> P
     return path
 
 
-def rows(conn: sqlite3.Connection) -> list[list[Any]]:
-    """The rows of all tables, in the columns of the schema as first released."""
-    with closing(sqlite3.connect(":memory:")) as first:
-        first.executescript((SCHEMAS / "0.1.0.sql").read_text(encoding="utf-8"))
-        names = {
-            table: ", ".join(name for _, name, *_ in first.execute(f"PRAGMA table_info({table})")) for table in TABLES
+def columns(script: str) -> dict[str, list[str]]:
+    """Of each table."""
+    with closing(sqlite3.connect(":memory:")) as conn:
+        conn.executescript(script)
+        tables = conn.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT GLOB 'sqlite_*'")
+        return {
+            table: [name.lower() for _, name, *_ in conn.execute(f"PRAGMA table_info({table})")]
+            for (table,) in tables.fetchall()
         }
-    return [conn.execute(f"SELECT {names[table]} FROM {table} ORDER BY id").fetchall() for table in TABLES]
+
+
+def rows(conn: sqlite3.Connection, script: str = SQL) -> list[list[Any]]:
+    """The rows of all tables, in the columns of the schema as first released, or of another."""
+    selected = {table: ", ".join(f'"{name}"' for name in names) for table, names in columns(script).items()}
+    return [conn.execute(f"SELECT {names} FROM {table} ORDER BY 1").fetchall() for table, names in selected.items()]
 
 
 def contents(path: Path) -> list[Any]:
@@ -286,13 +300,13 @@ def test_rows_that_a_unique_index_refuses(tmp_path: Path, newer: Newer, journal_
     before = contents(path)
     newer(
         schema(runs=("error TEXT", "error TEXT, host TEXT"))
-        + "CREATE UNIQUE INDEX IF NOT EXISTS idx_one_each ON runs(repo_path);"
+        + "CREATE UNIQUE INDEX IF NOT EXISTS idx_one_each ON runs(status);"
     )
     for _ in range(2):
         with pytest.raises(OpenError) as caught:
             DB.open(path)
         assert caught.value.reason == (
-            "idx_one_each: missing index, and it can't be added: UNIQUE constraint failed: runs.repo_path" + LEFT
+            "idx_one_each: missing index, and it can't be added: UNIQUE constraint failed: runs.status" + LEFT
         )
         assert isinstance(caught.value.__cause__, sqlite3.IntegrityError)
         assert contents(path) == before
@@ -677,23 +691,66 @@ def test_hostile_sql_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # The habit
 
 
-@pytest.mark.parametrize("released", sorted(SCHEMAS.glob("*.sql")), ids=lambda path: path.stem)
-def test_a_file_of_a_released_version_is_brought_up_to_date(tmp_path: Path, released: Path) -> None:
-    """Red: `schema.sql` was changed in a way that strands this version's files. See "Changing the schema" in the README
-    for what can be added, and for how to go about the rest.
-    """
-    path = older_file(tmp_path / "daemon.db", released.read_text(encoding="utf-8"))
+def filled(path: Path, script: str) -> Path:
+    """A file with rows in every table."""
+    older_file(path, script)
+    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        for table, names in columns(script).items():
+            if table not in ("runs", "units", "events"):
+                with suppress(sqlite3.IntegrityError):  # a CHECK wants something else
+                    conn.execute(insertion(conn, table, **{names[0]: "1"}))
+    return path
+
+
+def refused_because(path: Path, script: str) -> Iterator[str]:
+    """Why this version doesn't open the file, which was made by `script`. If it does, the rows must still be there."""
     with closing(sqlite3.connect(path)) as conn:
-        before = rows(conn)
+        before = rows(conn, script)
     try:
         db = DB.open(path)
     except SchemaError as error:
-        pytest.fail(f"{released.name}: {error}\n{test_a_file_of_a_released_version_is_brought_up_to_date.__doc__}")
-    with db:
-        assert rows(db.conn) == before
-        assert _schema.missing(db.conn, "a name") == ()
-        insert_everywhere(db.conn)
+        yield from error.problems
+    except OpenError as error:
+        yield error.reason
+    else:
+        with db:
+            assert rows(db.conn, script) == before
+            assert _schema.missing(db.conn, "a name") == ()
+            insert_everywhere(db.conn)
+
+
+def lacks(path: Path) -> Iterator[str]:
+    """What this version finds missing in the file, or wrong with it."""
+    with closing(sqlite3.connect(path)) as conn:
+        try:
+            yield from (addition.problem for addition in _schema.missing(conn, "a name"))
+        except SchemaError as error:
+            yield from error.problems
+
+
+STRANDED_FILES = """schema.sql was changed in a way that strands files, of released versions or of this one.
+See "Changing the schema" in tests/README.md for what old files can be given, and for how to go about the rest."""
+
+
+def test_a_file_of_a_released_version_is_brought_up_to_date(tmp_path: Path, newer: Newer) -> None:
+    """And a released version goes on with a file of this one."""
+    new = filled(tmp_path / "new.db", SHIPPED)
+    problems = []
+    for released in sorted(SCHEMAS.glob("*.sql")):
+        script = released.read_text(encoding="utf-8")
+        old = filled(tmp_path / f"{released.stem}.db", script)
+        newer(SHIPPED)
+        problems += [f"a file of {released.stem}: {problem}" for problem in refused_because(old, script)]
+        newer(script)
+        problems += [f"{released.stem} with a new file: {problem}" for problem in lacks(new)]
+    if problems:
+        pytest.fail("\n".join([STRANDED_FILES, *problems]), pytrace=False)
 
 
 def test_the_first_released_schema_is_kept() -> None:
     assert (SCHEMAS / "0.1.0.sql").exists()
+
+
+def test_the_schema_of_this_version_is_kept() -> None:
+    name = f"{daemon_db.__version__}.sql"
+    assert (SCHEMAS / name).exists(), f"keep the release's schema: cp src/daemon_db/schema.sql tests/schemas/{name}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from daemon_db import DB, _wal
-from support import LIMIT, append_event, end, in_thread, insert_run, rounds, start
+from support import LIMIT, append_event, end, in_thread, insert_run, rounds, spare, start
 
 LOW = 1_000_000
 """The limit for these tests, in bytes: a WAL is beyond it after five of `grow`'s transactions."""
@@ -48,7 +48,7 @@ def wal_size(db: DB) -> int:
 def grow(db: DB, size: int = 200_000) -> int:
     """One transaction with so many bytes; the size of the WAL after it."""
     with db.transaction() as conn:
-        conn.execute("UPDATE runs SET config_json = hex(randomblob(?)) WHERE id = 'run-1'", (size // 2,))
+        conn.execute(f"UPDATE runs SET {spare('runs')} = hex(randomblob(?)) WHERE id = 'run-1'", (size // 2,))
     return wal_size(db)
 
 
@@ -305,7 +305,7 @@ def test_its_error_is_logged_and_the_commit_stands(pragma: str, file: Path, capl
             append_event(conn)
     with DB.open(file) as db:
         assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1,)
-        assert db.conn.execute("SELECT length(config_json) > 1000 FROM runs").fetchone() == (1,)
+        assert db.conn.execute(f"SELECT length({spare('runs')}) > 1000 FROM runs").fetchone() == (1,)
 
 
 @pytest.mark.skipif(
