@@ -284,7 +284,7 @@ class TestFailuresAsJson:
         done = command("--json", "--check", tmp_path / "daemon.db")
         found = json.loads(done.stdout)
         assert done.stderr == f"daemon_db: {found['error']}\n"
-        assert (done.returncode, found["rows"], found["damaged"]) == (1, {"runs": 1, "units": 0, "events": 0}, True)
+        assert (done.returncode, found["rows"].keys(), found["damaged"]) == (1, set(_schema.tables()), True)
 
 
 def damage(path: Path, table: str) -> int:
@@ -428,7 +428,7 @@ class TestBackup:
         path, copy = tmp_path / "daemon.db", tmp_path / "copy.db"
         with DB.open(path) as db:
             insert_run(db.conn)
-            db.conn.execute("UPDATE runs SET config_json = hex(zeroblob(3000000))")
+            db.conn.execute(f"UPDATE runs SET {spare('runs')} = hex(zeroblob(3000000))")
         assert command("--backup", copy, path).returncode == 0
         before = files_in(tmp_path)
 

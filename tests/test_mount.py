@@ -69,7 +69,7 @@ def look(path):
         (mode,) = conn.execute("PRAGMA journal_mode").fetchone()
         (tables,) = conn.execute("SELECT count(*) FROM sqlite_master").fetchone()
         assert conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        return mode, tables, tables and conn.execute("SELECT count(*), max(length(config_json)) FROM runs").fetchone()
+        return mode, tables, tables and conn.execute("SELECT count(*), min(id) FROM runs").fetchone()
 
 
 template = Path(sys.argv[1])
@@ -465,7 +465,7 @@ def test_a_file_system_without_shared_memory(tmp_path: Path) -> None:
     script = """
 bindfs -o direct_io real mount
 for name in fresh rollback wal; do daemon_db mount/$name.db; done
-daemon_db --check mount/rollback.db | grep -v SQLite
+daemon_db --check mount/rollback.db | grep -E '^(journal|runs|check) '
 daemon_db --check mount/wal.db
 sqlite3 mount/rollback.db 'SELECT id FROM runs'
 umount mount
@@ -474,17 +474,9 @@ umount mount
     lines = in_a_namespace(script, tmp_path)
     for number, name in enumerate(("fresh", "rollback", "wal")):
         assert lines[2 * number].startswith(refused.format(tmp_path, name))
-    assert lines[6:13] == [
-        f"path           {tmp_path}/mount/rollback.db",
-        "journal mode   delete",
-        "foreign keys   on",
-        "runs           1 row",
-        "units          0 rows",
-        "events         0 rows",
-        "check          ok",
-    ]
-    assert lines[13].startswith(refused.format(tmp_path, "wal"))
-    assert lines[15:] == ["run-1"]
+    assert lines[6:9] == ["journal mode   delete", "runs           1 row", "check          ok"]
+    assert lines[9].startswith(refused.format(tmp_path, "wal"))
+    assert lines[11:] == ["run-1"]
     with DB.open(tmp_path / "real" / "wal.db") as db:
         assert db.conn.execute("SELECT id FROM runs").fetchall() == [("run-1",)]
 
