@@ -444,6 +444,16 @@ class TestBackup:
         assert process.returncode == 130
         assert files_in(tmp_path) == before
 
+    def test_what_comes_while_it_copies(self, tmp_path: Path) -> None:
+        """A program that opens what is at DEST: its -wal would be played back over the copy."""
+        path, copy = tmp_path / "daemon.db", tmp_path / "copy.db"
+        make_wal(path)
+        make_wal(copy)
+        before = files_in(tmp_path)
+        output, errors = end(start(USE_IN_BACKUP, "--backup", copy, path))
+        assert (output, errors) == ("", f"daemon_db: cannot write {copy}: {copy}-wal{BESIDE}\n")
+        assert files_in(tmp_path) == before | {"copy.db-wal": b"in use"}
+
     def test_an_older_file_is_copied_and_not_updated(self, tmp_path: Path) -> None:
         path, copy = tmp_path / "daemon.db", tmp_path / "copy.db"
         TestOlderFiles().make_older(path)
@@ -451,6 +461,24 @@ class TestBackup:
         assert command("--backup", copy, path).returncode == 0
         assert path.read_bytes() == before
         assert "next open" in report(command("--check", copy).stdout)
+
+
+USE_IN_BACKUP = """
+import sys
+from pathlib import Path
+from daemon_db import __main__
+
+copy_and_check = __main__.copy_and_check
+
+
+def use_meanwhile(conn, part, target, show):
+    Path(f"{target}-wal").write_bytes(b"in use")
+    return copy_and_check(conn, part, target, show)
+
+
+__main__.copy_and_check = use_meanwhile
+sys.exit(__main__.main())
+"""
 
 
 INTERRUPT_IN_BACKUP = """

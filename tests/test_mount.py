@@ -217,6 +217,40 @@ def test_without_time_to_try_again_it_is_said(suffix: str, failing_calls: dict[s
     assert output == f"{NO_DESCRIPTORS}\n3\n"
 
 
+FIRST_REFUSED_WRITE = """
+import os, sqlite3, sys
+from daemon_db import DB, _guard
+from daemon_db.errors import NO_DESCRIPTORS
+from support import in_thread, insert_run
+
+_guard.next_descriptors = lambda: []  # as where another thread takes the descriptors that were free
+path, fault = sys.argv[1:]
+
+
+def write_twice():
+    try:
+        with db.transaction():
+            raise AssertionError
+    except sqlite3.OperationalError as error:
+        print(error, error.__notes__ == [f"{path}: {NO_DESCRIPTORS}. This thread's next use of the DB opens another connection"])
+    with db.transaction() as conn:
+        insert_run(conn, "run-new")
+
+
+with DB.open(path) as db:
+    os.environ["FAULT"] = fault
+    in_thread(write_twice)
+    print(*db.conn.execute("SELECT count(*) FROM runs").fetchone())
+"""
+
+
+@pytest.mark.parametrize("suffix", ["db", "-wal"])
+def test_the_first_refused_write_finds_it_out(suffix: str, failing_calls: dict[str, str], tmp_path: Path) -> None:
+    make_wal(tmp_path / "db")
+    output = run(FIRST_REFUSED_WRITE, tmp_path / "db", f"open {suffix} {errno.EMFILE} 0 1", env=failing_calls)
+    assert output == "attempt to write a readonly database True\n2\n"
+
+
 SCARCE = """
 import os, random, resource, sqlite3, sys, threading, time
 from daemon_db import DB
