@@ -229,10 +229,12 @@ path, fault = sys.argv[1:]
 
 def write_twice():
     try:
-        with db.transaction():
-            raise AssertionError
+        with db.transaction() as conn:
+            insert_run(conn, "run-new")
+        raise AssertionError
     except sqlite3.OperationalError as error:
-        print(error, error.__notes__ == [f"{path}: {NO_DESCRIPTORS}. This thread's next use of the DB opens another connection"])
+        (note,) = error.__notes__
+        print(error, note.startswith(f"{path}: {NO_DESCRIPTORS}"))
     with db.transaction() as conn:
         insert_run(conn, "run-new")
 

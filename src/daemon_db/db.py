@@ -166,6 +166,8 @@ class DB:
             except sqlite3.Error as second:  # for instance, another thread has closed this generator
                 error.add_note(f"ROLLBACK failed, too: {second}")
                 conn.close()
+            if isinstance(error, sqlite3.OperationalError):
+                self._replace_if_read_only(conn, error)
             raise
         finally:
             try:
@@ -247,13 +249,14 @@ class DB:
             if is_busy(error):
                 error.add_note(f"{self.path}: {whom_it_waited_for(error, waited, self._state.timeout)}")
             self._state.end_if_wal_is_lost()  # SQLite's own words for a lost WAL may be "malformed"
-            if primary_code(error) == sqlite3.SQLITE_READONLY and not self._state.file.read_only:
-                error.add_note(
-                    f"{self.path}: {NO_DESCRIPTORS}. This thread's next use of the DB opens another connection"
-                )
-                conn.is_usable = False
             raise
         self._state.refuse_before_write()
+
+    def _replace_if_read_only(self, conn: Connection, error: sqlite3.OperationalError) -> None:
+        """Have the connection replaced if SQLite could open the file for reading only: it would stay so."""
+        if primary_code(error) == sqlite3.SQLITE_READONLY and not self._state.file.read_only:
+            error.add_note(f"{self.path}: {NO_DESCRIPTORS}. This thread's next use of the DB opens another connection")
+            conn.is_usable = False
 
     def _connection(self) -> Connection:
         """The calling thread's connection, opened if the thread has none."""
