@@ -648,7 +648,7 @@ class TestNotes:
         with DB.open(tmp_path / "db", timeout=timeout) as db, DB.open(tmp_path / "db") as other, other.transaction():
             note = self.notes(db)
         words = (
-            rf"waited {timeout:.1f}\d* s for another connection that writes: another process's, or `db.conn` of another"
+            r"waited \d+\.\d s for another connection that writes: another process's, or `db.conn` of another thread"
         )
         assert re.match(words, note)
 
