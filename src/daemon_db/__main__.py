@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sqlite3
 import sys
 import threading
@@ -43,6 +44,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="say it as JSON, also what failed")
     parser.add_argument("--version", action="version", version=f"daemon_db {__version__}")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what a backup has begun is removed
     found: dict[str, Any] = {"path": os.path.abspath(arguments.path)}
     status = 0
     try:
@@ -98,10 +100,10 @@ def back_up(path: str, destination: str) -> dict[str, Any]:
     target = os.path.realpath(destination)
     with progress(f"copying {path}") as show, opened_as_it_is(path) as (conn, state):
         refuse_destination(target, path)
-        part = f"{target}.part-{os.getpid()}"
+        part = f"{target}.part-{os.urandom(8).hex()}"
         permissions = os.stat(state.file.real_path).st_mode & 0o777
         try:
-            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, permissions))
+            create(part, target, permissions)
             found = copy_and_check(conn, part, target, show)
             if not found["damaged"]:
                 refuse_destination(target, path)  # again, because that took its time
@@ -113,6 +115,14 @@ def back_up(path: str, destination: str) -> dict[str, Any]:
             for suffix in ("", "-journal", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{part}{suffix}")
+
+
+def create(part: str, target: str, permissions: int) -> None:
+    """An empty file, which nobody may read who may not read the database."""
+    try:
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, permissions))
+    except OSError as error:
+        raise Refused(f"cannot write {target}: {error.strerror}") from error
 
 
 def refuse_destination(target: str, path: str) -> None:
