@@ -103,11 +103,13 @@ def back_up(path: str, destination: str) -> dict[str, Any]:
         part = f"{target}.part-{os.urandom(8).hex()}"
         permissions = os.stat(state.file.real_path).st_mode & 0o777
         try:
-            create(part, target, permissions)
+            with writing(target):  # a file that nobody may read who may not read the database
+                os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, permissions))
             found = copy_and_check(conn, part, target, show)
             if not found["damaged"]:
                 refuse_destination(target, path)  # again, because that took its time
-                replace(part, target)
+                with writing(target):
+                    replace(part, target)
             return (
                 look(conn, state.file.path, found["damaged"]) | found | {"backup": None if found["damaged"] else target}
             )
@@ -117,10 +119,11 @@ def back_up(path: str, destination: str) -> dict[str, Any]:
                     os.unlink(f"{part}{suffix}")
 
 
-def create(part: str, target: str, permissions: int) -> None:
-    """An empty file, which nobody may read who may not read the database."""
+@contextlib.contextmanager
+def writing(target: str) -> Iterator[None]:
+    """Name the destination in the operating system's errors."""
     try:
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, permissions))
+        yield
     except OSError as error:
         raise Refused(f"cannot write {target}: {error.strerror}") from error
 
