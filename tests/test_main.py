@@ -298,8 +298,8 @@ def damage(path: Path, table: str) -> int:
 
 
 BESIDE = (
-    " lies beside it, and would be played back over the copy. If no program has that database open, move both away; or "
-    "take another name"
+    "{target}{suffix} lies beside it, and would be played back over the copy. If no program has {target} open, move it "
+    "and {target}{suffix} away; or take another name"
 )
 
 
@@ -355,7 +355,9 @@ class TestBackup:
         assert (copy["runs"], copy["journal mode"], copy["check"]) == ("1 row", "delete", "ok")
         assert os.listdir(tmp_path / "copy") == ["copy.db"]
 
-    @pytest.mark.parametrize(("umask", "mode", "copied"), [(0o022, 0o640, 0o640), (0o077, 0o644, 0o600)])
+    @pytest.mark.parametrize(
+        ("umask", "mode", "copied"), [(0o022, 0o640, 0o640), (0o077, 0o644, 0o644), (0o022, 0o444, 0o444)]
+    )
     def test_who_may_read_it(self, umask: int, mode: int, copied: int, tmp_path: Path) -> None:
         make_wal(tmp_path / "daemon.db")
         (tmp_path / "daemon.db").chmod(mode)
@@ -370,9 +372,11 @@ class TestBackup:
             ("link.db", "it is the database itself, or belongs to it"),
             ("daemon.db-wal", "it is the database itself, or belongs to it"),
             ("daemon.db-shm", "it is the database itself, or belongs to it"),
-            ("directory", "it is a directory, and must be a file name"),
-            ("used.db", "{target}-wal" + BESIDE),
-            ("hot.db", "{target}-journal" + BESIDE),
+            ("directory", "it is no file, but a directory or a device"),
+            ("pipe", "it is no file, but a directory or a device"),
+            ("circle", "it is no file, but a directory or a device"),
+            ("used.db", BESIDE.replace("{suffix}", "-wal")),
+            ("hot.db", BESIDE.replace("{suffix}", "-journal")),
         ],
     )
     def test_what_would_do_harm_is_refused(self, destination: str, message: str, tmp_path: Path) -> None:
@@ -381,10 +385,12 @@ class TestBackup:
         os.link(path, tmp_path / "hard.db")
         (tmp_path / "link.db").symlink_to(path)
         (tmp_path / "directory").mkdir()
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "circle").symlink_to(tmp_path / "circle")
         make_killed(tmp_path / "used.db")
         make_hot(tmp_path / "hot.db")
         before = files_in(tmp_path)
-        target = (tmp_path / destination).resolve()
+        target = os.path.realpath(tmp_path / destination)
         fails(
             command("--backup", tmp_path / destination, path), f"cannot write {target}: {message.format(target=target)}"
         )
@@ -452,7 +458,10 @@ class TestBackup:
         make_wal(copy)
         before = files_in(tmp_path)
         output, errors = end(start(USE_IN_BACKUP, "--backup", copy, path))
-        assert (output, errors) == ("", f"daemon_db: cannot write {copy}: {copy}-wal{BESIDE}\n")
+        assert (output, errors) == (
+            "",
+            f"daemon_db: cannot write {copy}: {BESIDE.format(target=copy, suffix='-wal')}\n",
+        )
         assert files_in(tmp_path) == before | {"copy.db-wal": b"in use"}
 
     def test_an_older_file_is_copied_and_not_updated(self, tmp_path: Path) -> None:

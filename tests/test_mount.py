@@ -7,6 +7,7 @@ no C compiler, or no right to mount, the tests are skipped.
 import errno
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, _mount
+from daemon_db import DB, _mount, _opening
 from daemon_db.errors import (
     MOUNTED_ALONE,
     NO_DESCRIPTORS,
@@ -36,7 +37,7 @@ from support import (
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts and LD_PRELOAD are Linux's")
 
-LACKS = "this file system lacks what WAL mode needs, locks and memory that processes share ({}): move the file"
+LACKS = "this file system lacks what WAL mode needs, locks and memory that processes share ({}): stop every program"
 
 
 @pytest.fixture(scope="session")
@@ -134,6 +135,46 @@ def test_locks_that_fail_later(first: int, failing_calls: dict[str, str], tmp_pa
     words = LACKS.format(os.strerror(errno.ENOLCK) if first == 16 else "SQLITE_PROTOCOL")
     prefix = "" if first == 16 else "another program was stopped while it opened the file, or "
     assert output.split(" ", 3)[3].startswith(prefix + words)
+
+
+INTERRUPTED = """
+import os, signal, sys
+from daemon_db import DB
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+os.environ["FAULT"] = sys.argv[2]
+signal.setitimer(signal.ITIMER_REAL, 0.3)
+try:
+    DB.open(sys.argv[1], timeout=3600)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.skipif(not LONG, reason="SQLite waits for ten seconds")
+def test_an_interrupt_while_sqlite_waits_for_a_lock(failing_calls: dict[str, str], tmp_path: Path) -> None:
+    """It tries for ten seconds to get what it never gets. WAL mode is turned off again all the same."""
+    make_rollback(tmp_path / "db")
+    before = (tmp_path / "db").read_bytes()[18:20]  # https://sqlite.org/fileformat.html#file_format_version_numbers
+    fault = f"fcntl -shm {errno.ENOLCK} 3 1000000"
+    assert run(INTERRUPTED, tmp_path / "db", fault, env=failing_calls) == "interrupted\n"
+    assert (tmp_path / "db").read_bytes()[18:20] == before == b"\1\1"
+
+
+def test_an_interrupt_of_the_first_read_in_wal_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_rollback(tmp_path / "db")
+    read_first = _opening.read_first
+
+    def interrupted(conn: sqlite3.Connection) -> None:
+        if (tmp_path / "db").read_bytes()[18:20] == b"\2\2":
+            raise KeyboardInterrupt
+        read_first(conn)
+
+    monkeypatch.setattr(_opening, "read_first", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        DB.open(tmp_path / "db")
+    assert (tmp_path / "db").read_bytes()[18:20] == b"\1\1"
+    assert files_in(tmp_path).keys() == {"db"}
 
 
 def test_no_locks_on_the_file(failing_calls: dict[str, str], tmp_path: Path) -> None:

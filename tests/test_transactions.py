@@ -663,7 +663,7 @@ class TestNotes:
             with contextlib.nullcontext() if is_stale else other.transaction():
                 if is_stale:
                     insert_run(other.conn, "run-3")
-                assert self.notes(db).startswith("this thread has a SELECT that is half read")
+                assert self.notes(db).startswith("SQLite didn't wait for the connection that writes")
             cursor.close()
 
     def test_a_block_that_commits(self, db: DB) -> None:

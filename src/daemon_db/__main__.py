@@ -6,10 +6,12 @@ import json
 import os
 import signal
 import sqlite3
+import stat
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -44,8 +46,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="say it as JSON, also what failed")
     parser.add_argument("--version", action="version", version=f"daemon_db {__version__}")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what a backup has begun is removed
-    found: dict[str, Any] = {"path": os.path.abspath(arguments.path)}
+    for number in signal.SIGTERM, signal.SIGHUP:  # as Ctrl-C: what a backup has begun is removed
+        signal.signal(number, signal.default_int_handler)
+    found: dict[str, Any] = {"path": absolute(arguments.path)}
     status = 0
     try:
         if arguments.check:
@@ -76,6 +79,14 @@ def main() -> int:
     return status
 
 
+def absolute(path: str) -> str:
+    """As `DB.path` is: "link/.." is left to the operating system."""
+    try:
+        return os.path.join(os.getcwd(), path)
+    except OSError:  # the working directory is gone
+        return path
+
+
 class Refused(Exception):
     """What a backup would have done harm to, in words."""
 
@@ -83,14 +94,15 @@ class Refused(Exception):
 def open_or_create(path: str) -> dict[str, Any]:
     """Create, open or update the database: what was added, and what is there."""
     with progress(f"opening {path}"), DB.open(path, timeout=_TIMEOUT, on_connect=let_interrupts_in) as db:
-        return {"added": list(db._state.added)} | look(db.conn, db.path)
+        return {"added": list(db._state.added)} | look(db.conn, db.path) | {"rows": count_rows(db.conn)}
 
 
 def check(path: str) -> dict[str, Any]:
     """Look for damage first, because to count the rows of a damaged table fails."""
     with progress(f"checking {path}"), opened_as_it_is(path) as (conn, state):
         found = problems_of(conn)
-        return look(conn, state.file.path, found["damaged"]) | {"to_add": list(state.added)} | found
+        found |= {"rows": count_rows(conn, found["damaged"]), "to_add": list(state.added)}
+        return look(conn, state.file.path) | found
 
 
 def back_up(path: str, destination: str) -> dict[str, Any]:
@@ -100,19 +112,18 @@ def back_up(path: str, destination: str) -> dict[str, Any]:
     target = os.path.realpath(destination)
     with progress(f"copying {path}") as show, opened_as_it_is(path) as (conn, state):
         refuse_destination(target, path)
-        part = f"{target}.part-{os.urandom(8).hex()}"
-        permissions = os.stat(state.file.real_path).st_mode & 0o777
+        with writing(target):  # a file of its own, which nobody else may read
+            descriptor, part = tempfile.mkstemp(prefix="daemon_db-", suffix=".part", dir=os.path.dirname(target))
+            os.close(descriptor)
         try:
-            with writing(target):  # a file that nobody may read who may not read the database
-                os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, permissions))
-            found = copy_and_check(conn, part, target, show)
+            found = look(conn, state.file.path) | copy_and_check(conn, part, target, show)
+            found["backup"] = None if found["damaged"] else target
             if not found["damaged"]:
                 refuse_destination(target, path)  # again, because that took its time
                 with writing(target):
-                    replace(part, target)
-            return (
-                look(conn, state.file.path, found["damaged"]) | found | {"backup": None if found["damaged"] else target}
-            )
+                    os.chmod(part, stat.S_IMODE(os.stat(state.file.real_path).st_mode))
+                    replace(part, target)  # last: what fails, fails before
+            return found
         finally:
             for suffix in ("", "-journal", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
@@ -130,8 +141,8 @@ def writing(target: str) -> Iterator[None]:
 
 def refuse_destination(target: str, path: str) -> None:
     """Raise `Refused` for a file that is in use, or would not be the copy's alone."""
-    if os.path.isdir(target):
-        raise Refused(f"cannot write {target}: it is a directory, and must be a file name")
+    if os.path.lexists(target) and not os.path.isfile(target):
+        raise Refused(f"cannot write {target}: it is no file, but a directory or a device")
     source = os.path.realpath(path)
     if target in (f"{source}-wal", f"{source}-shm", f"{source}-journal") or (
         os.path.exists(target) and os.path.samefile(target, path)
@@ -141,7 +152,7 @@ def refuse_destination(target: str, path: str) -> None:
         if os.path.lexists(f"{target}{suffix}"):
             raise Refused(
                 f"cannot write {target}: {target}{suffix} lies beside it, and would be played back over the copy. "
-                "If no program has that database open, move both away; or take another name"
+                f"If no program has {target} open, move it and {target}{suffix} away; or take another name"
             )
 
 
@@ -152,28 +163,31 @@ def copy_and_check(conn: sqlite3.Connection, part: str, target: str, show: Calla
         show(f"{100 * (total - remaining) // max(total, 1)} %")
 
     with closing(sqlite3.connect(part, isolation_level=None)) as copy:
+        copy.execute("PRAGMA locking_mode=EXCLUSIVE")  # so that WAL mode, which is copied, needs no shared memory there
+        let_interrupts_in(copy)
         conn.execute("BEGIN")
         conn.execute("SELECT 1 FROM sqlite_master").fetchone()  # BEGIN alone reads nothing yet
         try:
             conn.backup(copy, pages=1000, progress=follow)
+            copy.execute("PRAGMA journal_mode=DELETE")  # so that nothing need be made beside it to read it
         except sqlite3.OperationalError as error:
-            if primary_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-                raise Refused(f"cannot write {target}: {error}") from error
-            raise
+            if primary_code(error) == sqlite3.SQLITE_INTERRUPT:
+                raise
+            raise Refused(f"cannot write {target}: {error}") from error
         conn.execute("COMMIT")
-        copy.execute("PRAGMA journal_mode=DELETE")  # so that nothing need be made beside it to read it
-        let_interrupts_in(copy)
-        return problems_of(copy)
+        found = problems_of(copy)
+        return {"rows": count_rows(copy, found["damaged"])} | found
 
 
 def replace(part: str, target: str) -> None:
-    """Rename, and see that the new name is on the disk."""
+    """Rename, and see that the new name is on the disk, where that can be had."""
     os.replace(part, target)
-    directory = os.open(os.path.dirname(target), os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with contextlib.suppress(OSError):  # as SQLite does: it may not be readable, or have no fsync
+        directory = os.open(os.path.dirname(target), os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 @contextlib.contextmanager
@@ -196,9 +210,8 @@ def let_interrupts_in(conn: sqlite3.Connection) -> None:
     conn.set_progress_handler(lambda: 0, 100_000)
 
 
-def look(conn: sqlite3.Connection, path: str, is_damaged: bool = False) -> dict[str, Any]:
-    """What is in the database, as `--json` prints it."""
-    unknown = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT) if is_damaged else (sqlite3.SQLITE_ERROR,)
+def look(conn: sqlite3.Connection, path: str) -> dict[str, Any]:
+    """What is known of the database but its rows, as `--json` prints it."""
     return {
         "path": path,
         "sqlite": sqlite3.sqlite_version,
@@ -206,19 +219,21 @@ def look(conn: sqlite3.Connection, path: str, is_damaged: bool = False) -> dict[
         "network_file_system": _mount.network_file_system(path),
         "journal_mode": conn.execute("PRAGMA journal_mode").fetchone()[0],
         "foreign_keys": conn.execute("PRAGMA foreign_keys").fetchone() == (1,),
-        "rows": {table: count_rows(conn, table, unknown) for table in _schema.tables()},
     }
 
 
-def count_rows(conn: sqlite3.Connection, table: str, unknown: Container[int]) -> int | None:
-    """None at these errors: an older file lacks the table, or it is damaged."""
-    try:
-        (count,) = conn.execute(f"SELECT count(*) FROM {table}").fetchone()
-    except sqlite3.DatabaseError as error:
-        if primary_code(error) not in unknown:
-            raise
-        return None
-    return int(count)
+def count_rows(conn: sqlite3.Connection, is_damaged: bool = False) -> dict[str, int | None]:
+    """How many each table has; None where an older file lacks the table, or it is damaged."""
+    unknown = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT) if is_damaged else (sqlite3.SQLITE_ERROR,)
+    rows: dict[str, int | None] = {}
+    for table in _schema.tables():
+        try:
+            (rows[table],) = conn.execute(f"SELECT count(*) FROM {table}").fetchone()
+        except sqlite3.DatabaseError as error:
+            if primary_code(error) not in unknown:
+                raise
+            rows[table] = None
+    return rows
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
@@ -279,6 +294,7 @@ def what_failed(found: dict[str, Any]) -> str:
     more = f" and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
     said = f"{found['path']} failed the check: {'; '.join(problems[:_MOST_PROBLEMS])}{more}"
     if not found["damaged"]:
+        said = f"{said}; the backup was written" if "backup" in found else said
         return f"{said}: delete these rows, or add what they refer to (who wrote them had no PRAGMA foreign_keys=ON)"
     return f"{said}: {'no backup was written; ' if 'backup' in found else ''}{AFTER_DAMAGE}"
 

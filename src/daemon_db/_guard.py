@@ -245,6 +245,14 @@ def is_open_to_read_only(file: File, likely: Iterable[int]) -> bool:
     return any(_is_read_only(each) and _find_sqlites(each) in wanted for each in likely)
 
 
+def has_one_to_read_only(file: File) -> bool:
+    """Whether SQLite has the file or its -wal open for reading only, for this connection or another."""
+    try:
+        return is_open_to_read_only(file, _all_descriptors())
+    except OSError:  # this system has no list of them
+        return True
+
+
 def refused_lock(file: File) -> OSError | None:
     """What the system says to a lock on SQLite's descriptors, if it refuses locks: SQLite takes that for "busy"."""
     if _SETLK is None:

@@ -9,9 +9,9 @@ _LIST = "/proc/self/mountinfo"
 
 # By the names that the list has for them. A program behind "fuse" alone can be anything.
 _NETWORK = frozenset(
-    "9p afs beegfs ceph cifs coda davfs fuse.ceph fuse.ceph-fuse fuse.davfs2 fuse.gcsfuse fuse.glusterfs fuse.juicefs"
-    " fuse.rclone fuse.s3fs fuse.smbnetfs fuse.sshfs fuse.vmhgfs-fuse gfs2 gpfs lustre ncpfs nfs nfs4 ocfs2 orangefs"
-    " pvfs2 smb3 smbfs vboxsf virtiofs".split()
+    "9p afs beegfs ceph cifs coda davfs fakeowner fuse.ceph fuse.ceph-fuse fuse.davfs2 fuse.gcsfuse fuse.glusterfs"
+    " fuse.grpcfuse fuse.juicefs fuse.osxfs fuse.rclone fuse.s3fs fuse.smbnetfs fuse.sshfs fuse.vmhgfs-fuse gfs2 gpfs"
+    " lustre ncpfs nfs nfs4 ocfs2 orangefs prl_fs pvfs2 smb3 smbfs vboxsf virtiofs".split()
 )
 
 
@@ -19,21 +19,30 @@ def is_mount_point(path: str) -> bool:
     """Whether something is mounted at the path."""
     lines = _lines()
     name = b"/" + _escaped(os.path.basename(path))
-    if not any(line.split(b" ", 5)[4].endswith(name) for line in lines):
+    if not any(_point(line).endswith(name) for line in lines):
         return False  # the usual case: to find out where links lead takes longer
-    return any(line.split(b" ", 5)[4] == _escaped(os.path.realpath(path)) for line in lines)
+    real_path = _escaped(os.path.realpath(path))
+    return _point(_mount_of(real_path, lines)) == real_path
 
 
 def network_file_system(path: str) -> str | None:
     """The name of the file system that the path lies in, if machines may share that. None, too, if nothing is known."""
-    wanted = _escaped(os.path.realpath(path))
-    longest, name = b"", b""
-    for line in _lines():
-        point = line.split(b" ", 5)[4]
-        # Of two mounts at one point, the later one hides the earlier one.
-        if len(point) >= len(longest) and (wanted == point or wanted.startswith(point.rstrip(b"/") + b"/")):
-            longest, name = point, line.partition(b" - ")[2].split(b" ", 1)[0]
-    return os.fsdecode(name) if os.fsdecode(name) in _NETWORK else None
+    line = _mount_of(_escaped(os.path.realpath(path)), _lines())
+    name = os.fsdecode(line.partition(b" - ")[2].split(b" ", 1)[0])
+    return name if name in _NETWORK else None
+
+
+def _mount_of(path: bytes, lines: list[bytes]) -> bytes:
+    """The line of the mount in which the path lies: the last one, because a later mount hides what was there."""
+    found = b""
+    for line in lines:
+        if path == _point(line) or path.startswith(_point(line).rstrip(b"/") + b"/"):
+            found = line
+    return found
+
+
+def _point(line: bytes) -> bytes:
+    return line.split(b" ", 5)[4] if line else b""
 
 
 def _lines() -> list[bytes]:

@@ -33,7 +33,7 @@ def open_first(state: State) -> Connection:
     if state.file.read_only and state.added:
         conn.close()
         raise SchemaError(state.file.path, (f"{each}: an open without read_only adds it" for each in state.added))
-    if state.added:
+    if state.added and not isinstance(state.file, Memory):
         _log.info("%s: %s", state.file.path, _schema.what_was_added(state.added))
     warn_of_network_file_system(state.file)
     return conn
@@ -156,24 +156,31 @@ def refuse_reading_only(conn: Connection, likely: list[int]) -> None:
         raise TryAgain(conn.state.file.path, NO_DESCRIPTORS)
 
 
+_UNUSABLE = sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PROTOCOL
+
+
 @contextlib.contextmanager
 def turned_off_if_unusable(conn: Connection) -> Iterator[None]:
     """Turn WAL mode, which was just turned on, off again if the WAL can't be used where the file is."""
     state = conn.state
     try:
         yield
-    except OpenError:
+    except (OpenError, SchemaError):
         raise
-    except sqlite3.OperationalError as error:
-        refusal = explained(error, state)  # before closing: what is explained may be gone with the connection
-        unusable = sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PROTOCOL
-        if primary_code(error) in unusable or _guard.refused_lock(state.file):
-            conn.close()
-            try:
-                _wal.turn_off(state.file, state.timeout)
-            except sqlite3.Error as second:
-                refusal.add_note(f"WAL mode was turned on, and could not be turned off again: {second}")
-        raise refusal from error
+    except BaseException as error:  # a signal's, too: SQLite tries for ten seconds to get a lock on the -shm
+        is_unusable = not isinstance(error, sqlite3.Error) or primary_code(error) in _UNUSABLE
+        try:
+            is_unusable = is_unusable or _guard.refused_lock(state.file) is not None
+            if isinstance(error, sqlite3.Error):
+                raise explained(error, state) from error  # the connection is open: why it failed can still be seen
+            raise
+        finally:
+            if is_unusable:
+                conn.close()
+                try:
+                    _wal.turn_off(state.file, state.timeout if isinstance(error, sqlite3.Error) else 0)
+                except sqlite3.Error as second:
+                    _log.warning("%s: WAL mode can't be used, nor turned off again: %s", state.file.path, second)
 
 
 def is_in_wal_mode(conn: sqlite3.Connection, file: File) -> bool:

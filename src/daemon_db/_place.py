@@ -15,6 +15,7 @@ from .errors import (
     READ_ONLY_FILE_SYSTEM,
     REPLACED,
     OpenError,
+    lacks_memory_or_locks,
     primary_code,
 )
 
@@ -202,7 +203,8 @@ class File:
         code = primary_code(error)
         if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY) and (reason := self._why_not_opened(error)):
             return reason
-        if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL) and self._has_no_space():
+        may_lack_space = code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL)
+        if may_lack_space and not lacks_memory_or_locks(error) and self._has_no_space():
             return f"no space left in {os.path.dirname(self.real_path)}: make some, and open it again"
         if (
             code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
@@ -233,8 +235,9 @@ class File:
             found = os.statvfs(os.path.dirname(self.real_path))
         except OSError:
             return False
-        # Some file systems have no fixed number of inodes, and say 0.
-        return found.f_bavail * found.f_frsize < _LEAST_SPACE or (found.f_files > 0 and found.f_favail == 0)
+        # Some file systems have no fixed number of inodes, and say 0; some say 0 to everything.
+        lacks_blocks = found.f_blocks > 0 and found.f_bavail * found.f_frsize < _LEAST_SPACE
+        return lacks_blocks or (found.f_files > 0 and found.f_favail == 0)
 
     def _journal_name_too_long(self) -> str | None:
         try:

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Never, Self
 
-from . import _opening, _place, _process
+from . import _guard, _opening, _place, _process
 from ._connection import Connection, State, close_unused, references, thread
 from ._wal import Checkpoints
 from .errors import (
@@ -154,6 +154,8 @@ class DB:
             except sqlite3.OperationalError as error:
                 if not conn.in_transaction:
                     error.add_note(f"{self.path}: {NO_TRANSACTION}")
+                elif is_busy(error):  # in a file in WAL mode, it never is
+                    error.add_note(f"{self.path}: another thread reads, and in memory a writer waits for readers")
                 raise
             state.refuse_unseen_commit()
             warning = self._checkpoints.after_commit(conn)
@@ -184,11 +186,13 @@ class DB:
 
         All reads in the block see the database as it was when the block began, whatever others commit meanwhile. A
         write in the block is `sqlite3.OperationalError`, "attempt to write a readonly database". Writers are not held
-        up; but the WAL can't be emptied until the block ends, so keep it short.
+        up; but the WAL can't be emptied until the block ends, so keep it short. (If a SELECT of this thread is half
+        read when the block begins, the moment is that SELECT's.)
 
         Raises `sqlite3.OperationalError`, "cannot start a transaction within a transaction", inside of
         `transaction()` or of another snapshot, and "database is locked" if the file can't be read within `timeout`.
-        Raises what `conn` raises. Afterwards, also after an exception, the thread is in autocommit mode.
+        Raises what `conn` raises, and `OpenError` if the file or its WAL was removed or replaced. Afterwards, also
+        after an exception, the thread is in autocommit mode.
 
         https://sqlite.org/isolation.html, https://sqlite.org/pragma.html#pragma_query_only.
         """
@@ -199,18 +203,27 @@ class DB:
         cursor.row_factory = None  # the caller's may make anything of a row
         (query_only,) = cursor.execute("PRAGMA query_only").fetchone()
         put_back = f"PRAGMA query_only={query_only}"
+        start = time.monotonic()
         try:
             conn.execute("PRAGMA query_only=ON")
             conn.execute("BEGIN")
-            cursor.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()  # BEGIN alone fixes nothing
+            try:
+                cursor.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()  # BEGIN alone fixes nothing
+            except sqlite3.OperationalError as error:
+                if is_busy(error):
+                    error.add_note(f"{self.path}: waited {time.monotonic() - start:.1f} s for another connection")
+                raise
+            self._state.refuse_before_write()  # what is read in a lost WAL is as old as the loss
             yield conn
         finally:
-            # As in transaction(): methods that are C code, which no signal's exception keeps from being called.
+            # As in transaction(): methods that are C code. A signal's exception may strike right after the first one.
             if self._state.pid == _process.pid:
                 try:
-                    if conn.in_transaction:
-                        conn.execute("ROLLBACK")
-                    conn.execute(put_back)
+                    try:
+                        if conn.in_transaction:
+                            conn.execute("ROLLBACK")
+                    finally:
+                        conn.execute(put_back)
                 except sqlite3.Error:  # another thread has closed this generator, or the caller the connection
                     conn.close()  # so that the thread gets a new one: nothing is lost, what was read was read
 
@@ -254,7 +267,11 @@ class DB:
 
     def _replace_if_read_only(self, conn: Connection, error: sqlite3.OperationalError) -> None:
         """Have the connection replaced if SQLite could open the file for reading only: it would stay so."""
-        if primary_code(error) == sqlite3.SQLITE_READONLY and not self._state.file.read_only:
+        if (
+            primary_code(error) == sqlite3.SQLITE_READONLY
+            and not self._state.file.read_only
+            and _guard.has_one_to_read_only(self._state.file)
+        ):
             error.add_note(f"{self.path}: {NO_DESCRIPTORS}. This thread's next use of the DB opens another connection")
             conn.is_usable = False
 

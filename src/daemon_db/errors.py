@@ -56,15 +56,16 @@ WAL_REMOVED = (
 TWO_NAMES = "each of a file's names (hard links) has a WAL of its own, and commits get lost. Open it by one name only"
 MOUNTED_ALONE = (
     "it is mounted by itself, so its -wal, with the newest commits, would lie in the container and go with the "
-    "container. Stop every program that has it open, copy it and the -wal beside it, if there is one, into a "
-    "directory, and mount that directory"
+    "container. Stop every program that has it open; before the container is removed, copy it and the -wal beside it, "
+    "if there is one, into a directory outside; and mount that directory"
 )
 READ_ONLY_FILE_SYSTEM = (
-    "the file system is read-only: mount it so that it can be written, or open the file with read_only (--check)"
+    "the file system is read-only: mount it so that it can be written, or look at a copy of the file and its -wal on "
+    "another one"
 )
 NO_DESCRIPTORS = (
-    "SQLite could open it, its -wal or its -shm for reading only, because the process had no free file descriptor: "
-    "raise the limit (ulimit -n), or open fewer files"
+    "SQLite could open it, its -wal or its -shm for reading only: the process had no free file descriptor (raise the "
+    "limit, ulimit -n, or open fewer files), or something like AppArmor or chattr forbids to write it"
 )
 # A WAL belongs to one file: what is left in the damaged file's WAL would be written over the backup.
 AFTER_DAMAGE = (
@@ -82,12 +83,11 @@ NO_INDEX_ON_READ_ONLY_FILE_SYSTEM = (
     "look at a copy of the file and its -wal on another one"
 )
 _LACKS_SHARED_MEMORY = (
-    "this file system lacks what WAL mode needs, locks and memory that processes share ({}): move the file, and the "
-    "-wal beside it, if there is one, to a local disk"
+    "this file system lacks what WAL mode needs, locks and memory that processes share ({}): stop every program that "
+    "has it open, then move the file, and the -wal beside it, if there is one, to a local disk"
 )
+_NO_ROOM_ERRORS = {sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMSIZE}
 _SHARED_MEMORY_ERRORS = {
-    sqlite3.SQLITE_IOERR_SHMOPEN,
-    sqlite3.SQLITE_IOERR_SHMSIZE,
     sqlite3.SQLITE_IOERR_SHMMAP,
     sqlite3.SQLITE_IOERR_SHMLOCK,
     sqlite3.SQLITE_IOERR_LOCK,
@@ -112,10 +112,10 @@ def in_words(error: Exception, timeout: float = 5.0) -> str:
         return f"damaged ({said}): {AFTER_DAMAGE}" if "malformed" in said else said
     if primary_code(error) == sqlite3.SQLITE_CORRUPT:
         return f"damaged ({error}): {AFTER_DAMAGE}"
-    if getattr(error, "sqlite_errorcode", 0) in (sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMSIZE):
+    if getattr(error, "sqlite_errorcode", 0) in _NO_ROOM_ERRORS:
         # SQLite has found no room for the -shm, for whatever reason.
         return f"no space left for its -shm (a quota, or ulimit -f), or {lacks_shared_memory(error)}"
-    if getattr(error, "sqlite_errorcode", 0) in _SHARED_MEMORY_ERRORS:
+    if lacks_memory_or_locks(error):
         return lacks_shared_memory(error)
     if primary_code(error) == sqlite3.SQLITE_PROTOCOL:
         return f"another program was stopped while it opened the file, or {lacks_shared_memory(error)}"
@@ -129,6 +129,11 @@ def in_words(error: Exception, timeout: float = 5.0) -> str:
     if primary_code(error) == sqlite3.SQLITE_NOTADB:
         return "not a SQLite database"
     return str(error)
+
+
+def lacks_memory_or_locks(error: Exception) -> bool:
+    """Whether SQLite could not map its -shm or lock a file."""
+    return getattr(error, "sqlite_errorcode", 0) in _SHARED_MEMORY_ERRORS
 
 
 def lacks_shared_memory(error: Exception) -> str:
@@ -157,7 +162,10 @@ def locked(note: str) -> sqlite3.OperationalError:
 def whom_it_waited_for(error: sqlite3.Error, waited: float, timeout: float) -> str:
     """Why BEGIN IMMEDIATE was "busy". While this thread reads, SQLite doesn't wait for another one that writes."""
     if error.sqlite_errorcode == sqlite3.SQLITE_BUSY_SNAPSHOT or waited < timeout / 2:
-        return "this thread has a SELECT that is half read, and another connection has written: fetchall() first"
+        return (
+            "SQLite didn't wait for the connection that writes, because this thread has a SELECT that is half read "
+            "(fetchall() first), or a shorter busy timeout"
+        )
     return (
         f"waited {waited:.1f} s for another connection that writes: another process's, or `db.conn` of another thread"
     )
