@@ -374,6 +374,7 @@ class TestBackup:
             ("daemon.db-shm", "it is the database itself, or belongs to it"),
             ("directory", "it is no file, but a directory or a device"),
             ("pipe", "it is no file, but a directory or a device"),
+            ("new/", "it is no file, but a directory or a device"),
             ("circle", "it is no file, but a directory or a device"),
             ("used.db", BESIDE.replace("{suffix}", "-wal")),
             ("hot.db", BESIDE.replace("{suffix}", "-journal")),
@@ -392,7 +393,8 @@ class TestBackup:
         before = files_in(tmp_path)
         target = os.path.realpath(tmp_path / destination)
         fails(
-            command("--backup", tmp_path / destination, path), f"cannot write {target}: {message.format(target=target)}"
+            command("--backup", f"{tmp_path}/{destination}", path),
+            f"cannot write {target}: {message.format(target=target)}",
         )
         assert files_in(tmp_path) == before
 
@@ -421,6 +423,15 @@ class TestBackup:
         with DB.open(copy) as db:
             assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (1,)
         assert sorted(os.listdir(tmp_path)) == ["copy.db", "daemon.db", "link.db"]
+
+    @pytest.mark.parametrize("script", ["PRAGMA encoding='UTF-16le';", "CREATE TABLE pragma_integrity_check (x);"])
+    def test_a_sound_file_of_another_kind_is_no_damage(self, script: str, tmp_path: Path) -> None:
+        """Nor does a table of that name hide what is."""
+        path, copy = tmp_path / "daemon.db", tmp_path / "copy.db"
+        make_rollback(path, script=script + _schema.SQL)
+        assert command("--check", path).returncode == command("--backup", copy, path).returncode == 0
+        damage(path, "runs")
+        assert command("--check", path).returncode == command("--backup", copy, path).returncode == 1
 
     def test_rows_without_their_run_are_copied_and_said(self, tmp_path: Path) -> None:
         """A backup of them is better than none."""

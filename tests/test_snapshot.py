@@ -218,10 +218,12 @@ struck = 0
 end = time.monotonic() + float(sys.argv[2])
 while time.monotonic() < end:
     try:
-        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 120e-6))
-        with db.snapshot():
-            pass
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 120e-6))
+            with db.snapshot():
+                pass
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     except Signal:
         struck += 1
     conn = db.conn

@@ -691,3 +691,26 @@ def test_a_value_that_sqlite_has_no_type_for(value: object, error: type[Exceptio
         insert_run(conn)
         conn.execute("UPDATE runs SET feature_branch = ?", (value,))
     check_that_the_next_one_works(db)
+
+
+COMMIT_WITHOUT_SPACE = """
+import os, resource, sqlite3, sys
+from daemon_db import DB
+from support import insert_run
+
+db = DB.open(sys.argv[1])
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+try:
+    with db.transaction() as conn:
+        for number in range(600):
+            insert_run(conn, f"run-{number}")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(f"{db.path}-wal") + 20_000, hard))
+except sqlite3.OperationalError as error:
+    print(error, getattr(error, "__notes__", None))
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+db.close()
+"""
+
+
+def test_a_commit_that_fails_for_lack_of_space_is_not_the_blocks_fault(tmp_path: Path) -> None:
+    assert run(COMMIT_WITHOUT_SPACE, tmp_path / "db") == "disk I/O error None\n"

@@ -69,6 +69,8 @@ def main() -> int:
     except OSError as error:
         found["error"], status = f"{error.filename or found['path']}: {error.strerror}", 1
     except ValueError as error:
+        if arguments.json:
+            say(json.dumps(found | {"error": str(error)}))
         parser.error(str(error))
     if found.get("problems"):
         found["error"], status = what_failed(found), 1
@@ -111,7 +113,7 @@ def back_up(path: str, destination: str) -> dict[str, Any]:
         raise ValueError(f"DEST must be a file name, not {destination!r}")
     target = os.path.realpath(destination)
     with progress(f"copying {path}") as show, opened_as_it_is(path) as (conn, state):
-        refuse_destination(target, path)
+        refuse_destination(destination, target, path)
         with writing(target):  # a file of its own, which nobody else may read
             descriptor, part = tempfile.mkstemp(prefix="daemon_db-", suffix=".part", dir=os.path.dirname(target))
             os.close(descriptor)
@@ -119,9 +121,10 @@ def back_up(path: str, destination: str) -> dict[str, Any]:
             found = look(conn, state.file.path) | copy_and_check(conn, part, target, show)
             found["backup"] = None if found["damaged"] else target
             if not found["damaged"]:
-                refuse_destination(target, path)  # again, because that took its time
+                refuse_destination(destination, target, path)  # again, because that took its time
                 with writing(target):
-                    os.chmod(part, stat.S_IMODE(os.stat(state.file.real_path).st_mode))
+                    like = target if os.path.exists(target) else state.file.real_path
+                    os.chmod(part, stat.S_IMODE(os.stat(like).st_mode))
                     replace(part, target)  # last: what fails, fails before
             return found
         finally:
@@ -139,9 +142,9 @@ def writing(target: str) -> Iterator[None]:
         raise Refused(f"cannot write {target}: {error.strerror}") from error
 
 
-def refuse_destination(target: str, path: str) -> None:
+def refuse_destination(destination: str, target: str, path: str) -> None:
     """Raise `Refused` for a file that is in use, or would not be the copy's alone."""
-    if os.path.lexists(target) and not os.path.isfile(target):
+    if destination.endswith("/") or os.path.lexists(target) and not os.path.isfile(target):
         raise Refused(f"cannot write {target}: it is no file, but a directory or a device")
     source = os.path.realpath(path)
     if target in (f"{source}-wal", f"{source}-shm", f"{source}-journal") or (
@@ -266,21 +269,20 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
 
 def problems_of(conn: sqlite3.Connection) -> dict[str, Any]:
     """What `PRAGMA integrity_check` finds wrong; if that is nothing, what `PRAGMA foreign_key_check` finds."""
-    rows: list[bytes] = []
-    # After it has named the damaged pages, it goes on to read them, and fails. Python's cursor is a row ahead: it would
-    # raise that error instead of giving the row that names them.
-    conn.create_function("note", 1, rows.append)
+    rows: list[str] = []
+    # After it has named the damaged pages, it goes on to read them, and fails. Python's cursor is a row ahead: it makes
+    # the text of the row that names them, and then raises that error instead of giving the row.
+    text_factory, conn.text_factory = conn.text_factory, lambda text: rows.append(text.decode("utf-8", "replace"))
     try:
-        conn.execute("SELECT note(CAST(integrity_check AS BLOB)) FROM pragma_integrity_check").fetchall()
+        conn.execute("PRAGMA integrity_check").fetchall()
     except sqlite3.DatabaseError as error:
         if primary_code(error) != sqlite3.SQLITE_CORRUPT:
             raise
-        rows.append(str(error).encode())
-    if rows != [b"ok"]:
-        return {
-            "damaged": True,
-            "problems": [line for row in rows for line in row.decode(errors="replace").splitlines()],
-        }
+        rows.append(str(error))
+    finally:
+        conn.text_factory = text_factory
+    if rows != ["ok"]:
+        return {"damaged": True, "problems": [line for row in rows for line in row.splitlines()]}
     orphans = conn.execute("PRAGMA foreign_key_check").fetchall()
     problems = [
         f"{table} row {rowid} refers to a row of {parent} that isn't there" for table, rowid, parent, _ in orphans

@@ -248,9 +248,9 @@ def is_open_to_read_only(file: File, likely: Iterable[int]) -> bool:
 def has_one_to_read_only(file: File) -> bool:
     """Whether SQLite has the file or its -wal open for reading only, for this connection or another."""
     try:
-        return is_open_to_read_only(file, _all_descriptors())
-    except OSError:  # this system has no list of them
-        return True
+        return is_open_to_read_only(file, _all_descriptors() if _SETLK else ())
+    except OSError:  # no list of them can be had
+        return False
 
 
 def refused_lock(file: File) -> OSError | None:

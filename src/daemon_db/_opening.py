@@ -151,6 +151,7 @@ def read_first(conn: sqlite3.Connection) -> None:
 
 def refuse_reading_only(conn: Connection, likely: list[int]) -> None:
     """Raise `TryAgain` if SQLite could open the file or its WAL for reading only."""
+    # Not all descriptors: SQLite keeps those of closed connections, which only read, as long as others have locks.
     if _guard.is_open_to_read_only(conn.state.file, likely):
         conn.close()
         raise TryAgain(conn.state.file.path, NO_DESCRIPTORS)

@@ -235,6 +235,8 @@ class File:
             found = os.statvfs(os.path.dirname(self.real_path))
         except OSError:
             return False
+        if found.f_flag & os.ST_RDONLY:
+            return False
         # Some file systems have no fixed number of inodes, and say 0; some say 0 to everything.
         lacks_blocks = found.f_blocks > 0 and found.f_bavail * found.f_frsize < _LEAST_SPACE
         return lacks_blocks or (found.f_files > 0 and found.f_favail == 0)

@@ -152,7 +152,7 @@ class DB:
             try:
                 conn.execute("COMMIT")
             except sqlite3.OperationalError as error:
-                if not conn.in_transaction:
+                if primary_code(error) == sqlite3.SQLITE_ERROR:  # "no transaction is active"
                     error.add_note(f"{self.path}: {NO_TRANSACTION}")
                 elif is_busy(error):  # in a file in WAL mode, it never is
                     error.add_note(f"{self.path}: another thread reads, and in memory a writer waits for readers")
