@@ -595,7 +595,7 @@ def test_a_read_only_file_system(tmp_path: Path) -> None:
     script = """
 mount -t tmpfs none fixed
 cp wal.db rollback.db fixed
-mount -o remount,ro fixed
+mount -o remount,bind,ro fixed
 daemon_db fixed/wal.db
 daemon_db fixed/new.db
 daemon_db --check fixed/wal.db
