@@ -53,14 +53,14 @@ COLUMN_CONFLICTS = {
     "renamed column": (
         schema(events=("payload_json", "payload")),
         "events.payload_json: missing column",
-        "events.payload: extra column, where another is missing: renamed?",
+        "events.payload: extra column, where another is missing. Renamed? Then rename it back",
     ),
     "missing column of a table with an extra one": (
         schema(units=("branch TEXT, worktree_path TEXT", '"work tree" TEXT DEFAULT 0, head TEXT')),
         "units.branch: missing column",
         "units.worktree_path: missing column",
-        "units.head: extra column, where another is missing: renamed?",
-        'units."work tree": extra column, where another is missing: renamed?',
+        "units.head: extra column, where another is missing. Renamed? Then rename it back",
+        'units."work tree": extra column, where another is missing. Renamed? Then rename it back',
     ),
     "another type": (
         schema(runs=("parallelism INTEGER", "parallelism TEXT")),

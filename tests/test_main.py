@@ -25,7 +25,7 @@ import pytest
 
 import daemon_db
 from daemon_db import DB, __main__, _schema
-from daemon_db.errors import AFTER_DAMAGE
+from daemon_db.errors import AFTER_DAMAGE, NOT_A_DATABASE
 from support import (
     ENVIRONMENT,
     LIMIT,
@@ -185,7 +185,7 @@ class TestErrors:
         text = tmp_path / "notes.txt"
         text.write_text("some notes", encoding="ascii")
         for check in [], ["--check"]:
-            fails(command(*check, text), f"cannot open {text}: not a SQLite database")
+            fails(command(*check, text), f"cannot open {text}: {NOT_A_DATABASE}")
             fails(command(*check, tmp_path), f"cannot open {tmp_path}: it is a directory")
             missing = tmp_path / "no" / "daemon.db"
             reason = f"parent directory {missing.parent} does not exist"
@@ -211,7 +211,7 @@ class TestErrors:
             assert done.stderr == (
                 f"daemon_db: the schema of {path} does not fit: "
                 f"runs.{spare('runs')}: missing column; "
-                "runs.has_another_name: extra column, where another is missing: renamed?; "
+                "runs.has_another_name: extra column, where another is missing. Renamed? Then rename it back; "
                 f"units: extra unique constraint ({spare('units')}), by the index one\n"
             )
 
@@ -235,7 +235,7 @@ class TestErrors:
             ([""], "path must be a file name, not ''"),
             (["daemon.db", "other.db"], "unrecognized arguments: other.db"),
             (["--no-such-option", "daemon.db"], "unrecognized arguments: --no-such-option"),
-            (["--check", ":memory:"], "read_only is for files: a :memory: database begins empty"),
+            (["--check", ":memory:"], "a :memory: database begins empty: there is nothing to read"),
         ],
     )
     def test_wrong_usage(self, arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -261,7 +261,8 @@ class TestOlderFiles:
         done = command("--check", tmp_path / "daemon.db")
         lines = report(done.stdout)
         assert (done.returncode, done.stderr) == (0, "")
-        assert (lines["events"], lines["next open"], lines["check"]) == ("unknown", f"adds {added}", "ok")
+        assert (lines["next open"], lines["check"]) == (f"adds {added}", "ok")
+        assert lines["events"] == "no such table: the file is an older version's, or the table was dropped"
         to_add = json.loads(command("--check", "--json", tmp_path / "daemon.db").stdout)["to_add"]
         assert [line.partition(":")[0] for line in to_add] == added.split(", ")
         assert files_in(tmp_path) == before
@@ -403,7 +404,9 @@ class TestBackup:
         done = command("--backup", tmp_path / "no" / "copy.db", tmp_path / "daemon.db")
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
         assert done.stderr == f"daemon_db: cannot write {tmp_path}/no/copy.db: No such file or directory\n"
-        assert command("--backup", "", tmp_path / "daemon.db").returncode == 2
+        for no_name in "", "-":
+            assert command("--backup", no_name, tmp_path / "daemon.db", cwd=tmp_path).returncode == 2
+        assert list(files_in(tmp_path)) == ["daemon.db"]
 
     def test_what_is_there_is_replaced_or_stays(self, tmp_path: Path) -> None:
         path, copy = tmp_path / "daemon.db", tmp_path / "copy.db"
@@ -454,7 +457,7 @@ class TestBackup:
 
         done = command("--backup", copy, path, preexec_fn=limit)
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == f"daemon_db: cannot write {copy}: disk I/O error\n"
+        assert done.stderr == f"daemon_db: cannot copy {path} to {copy}: disk I/O error\n"
         assert files_in(tmp_path) == before
         for number in signal.SIGINT, signal.SIGTERM:
             process = start(INTERRUPT_IN_BACKUP.replace("SIGNAL", str(int(number))), "--backup", copy, path)
@@ -492,9 +495,9 @@ from daemon_db import __main__
 copy_and_check = __main__.copy_and_check
 
 
-def use_meanwhile(conn, part, target, show):
+def use_meanwhile(conn, path, part, target, show):
     Path(f"{target}-wal").write_bytes(b"in use")
-    return copy_and_check(conn, part, target, show)
+    return copy_and_check(conn, path, part, target, show)
 
 
 __main__.copy_and_check = use_meanwhile
@@ -509,8 +512,8 @@ from daemon_db import __main__
 copy_and_check = __main__.copy_and_check
 
 
-def interrupt(conn, part, target, show):
-    copy_and_check(conn, part, target, lambda far: os.kill(os.getpid(), SIGNAL))
+def interrupt(conn, path, part, target, show):
+    copy_and_check(conn, path, part, target, lambda far: os.kill(os.getpid(), SIGNAL))
 
 
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from daemon_db import DB, OpenError, _connection, _place, _wal
+from daemon_db.errors import NOT_A_DATABASE, WAL_WITHOUT_FILE
 from support import (
     CHANGES,
     LIMIT,
@@ -86,7 +87,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("timeout", ["5", None])
     def test_not_a_number(self, timeout: object, tmp_path: Path) -> None:
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match=f"^timeout must be a number of seconds, not {timeout!r}$"):
             DB.open(tmp_path / "db", timeout=timeout)  # type: ignore[arg-type]
         assert files_in(tmp_path) == {}
 
@@ -175,7 +176,7 @@ class TestNotToBeOpened:
             ),
             (os.mkfifo, "db", NOT_REGULAR, None),
             (make_socket, "db", NOT_REGULAR, None),
-            (make_byte, "db", "not a SQLite database", None),  # SQLite takes it for an empty one, and overwrites it
+            (make_byte, "db", NOT_A_DATABASE, None),  # SQLite takes it for an empty one, and overwrites it
         ],
     )
     def test_refused_and_left_alone(
@@ -210,7 +211,7 @@ class TestNotToBeOpened:
             DB.open(path)
         assert files_in(tmp_path) == {"text": text.encode()}
         assert open_files() == open_before
-        assert str(caught.value) == f"cannot open {path}: not a SQLite database"
+        assert str(caught.value) == f"cannot open {path}: {NOT_A_DATABASE}"
         assert isinstance(caught.value.__cause__, sqlite3.DatabaseError)
         assert caught.value.sqlite_errorname == caught.value.__cause__.sqlite_errorname == "SQLITE_NOTADB"
         assert caught.value.sqlite_errorcode == caught.value.__cause__.sqlite_errorcode == sqlite3.SQLITE_NOTADB
@@ -532,7 +533,7 @@ def an_empty_wal(path: Path) -> None:
 
 
 class TestWhatIsLeftOfAnotherFile:
-    """A WAL without its file: SQLite starts anew where it may create the file, and won't say why where it may not."""
+    """A WAL without its file: SQLite would remove it, with the commits that may be in it alone."""
 
     def test_an_empty_wal_is_none(self, tmp_path: Path) -> None:
         """Whatever mode the file is in."""
@@ -545,17 +546,56 @@ class TestWhatIsLeftOfAnotherFile:
             works(tmp_path / "db")
             (tmp_path / "db").unlink()
 
-    @pytest.mark.parametrize("make", [beside_nothing, beside_an_empty_file, junk, junk_of_both, an_empty_wal])
-    @pytest.mark.parametrize("link", [None, "link", "links/link"])
-    def test_is_no_obstacle(self, make: Callable[[Path], None], link: str | None, tmp_path: Path) -> None:
-        path = tmp_path / "db"
+    @pytest.mark.parametrize("make", [beside_nothing, beside_an_empty_file, junk, junk_of_both])
+    @pytest.mark.parametrize("name", ["directory/db", "link", "links/link"])
+    def test_is_refused(self, make: Callable[[Path], None], name: str, tmp_path: Path) -> None:
+        path = tmp_path / "directory" / "db"
+        for directory in path.parent, tmp_path / "links":
+            directory.mkdir()
         make(path)
-        (tmp_path / "links").mkdir()
-        if link:
+        for link in "link", "links/link":
             (tmp_path / link).symlink_to(path)
-        with DB.open(tmp_path / (link or "db")) as db:
-            assert count_in_a_thread(db) == 0  # none of the old file's
-        works(path)
+        before = files_in(tmp_path)
+        refused(tmp_path / name, WAL_WITHOUT_FILE)
+        if path.exists():
+            refused(tmp_path / name, WAL_WITHOUT_FILE, read_only=True)
+            refused(tmp_path / name, WAL_WITHOUT_FILE, create=False)
+        assert files_in(tmp_path) == before
+        for suffix in "-wal", "-shm":  # as the words say
+            path.with_name(f"db{suffix}").unlink(missing_ok=True)
+        works(tmp_path / name)
+
+    def test_is_played_back_into_its_own_file(self, tmp_path: Path) -> None:
+        path, moved = tmp_path / "db", tmp_path / "moved"
+        make_killed(path)
+        path.rename(moved)
+        refused(path, WAL_WITHOUT_FILE)
+        moved.rename(path)
+        with DB.open(path) as db:
+            assert count_in_a_thread(db) == 1
+
+    def test_who_creates_the_database_meanwhile_is_no_loss(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another process makes the file just while it is looked for, and then the -wal."""
+        path = tmp_path / "db"
+        wal_size = _place.File.wal_size
+
+        def make(file: _place.File) -> int:
+            if not path.exists():
+                with monkeypatch.context() as patch:
+                    patch.setattr(_place.File, "wal_size", wal_size)
+                    make_killed(path)
+            return wal_size(file)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_place.File, "wal_size", make)
+            with DB.open(path) as db:
+                assert count_in_a_thread(db) == 1
+
+    def test_an_empty_wal_is_no_obstacle(self, tmp_path: Path) -> None:
+        an_empty_wal(tmp_path / "db")
+        works(tmp_path / "db")
         assert not (tmp_path / "db-wal").exists()
 
     def test_without_the_file_there_is_nothing_to_read(self, tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def test_a_date_compares_as_time_does(tmp_path: Path) -> None:
 def test_the_snapshot_and_the_command_line_after_it(tmp_path: Path) -> None:
     daemon, snapshot, _ = blocks("python")
     run("-c", daemon, cwd=tmp_path)
-    assert run("-c", f"{snapshot}print(runs, units)", cwd=tmp_path) == "1 2\n"
+    opened = 'from daemon_db import DB\ndb = DB.open("daemon.db")\n'
+    assert run("-c", f"{opened}{snapshot}db.close()\nprint(runs, units)", cwd=tmp_path) == "1 2\n"
     (block,) = blocks("console")
     command, shown = block.split("\n", 1)
     assert command.startswith("$ .venv/bin/python -m daemon_db ")
@@ -170,9 +171,11 @@ def test_the_benchmark_starts() -> None:
 @pytest.mark.parametrize("kept", ["with the -wal", "without it"])
 def test_what_can_be_read_of_a_damaged_file(kept: str, tmp_path: Path) -> None:
     """To the letter: three pages are gone, and 500 commits are in the -wal alone."""
-    live, salvage = tmp_path / "live", tmp_path / "salvage"
+    live, salvage = tmp_path / "live", tmp_path / "work"
     live.mkdir()
     salvage.mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
     with DB.open(tmp_path / "daemon.db", on_connect=lambda conn: conn.execute("PRAGMA wal_autocheckpoint=0")) as db:
         with db.transaction() as conn:
             insert_run(conn)
@@ -202,12 +205,16 @@ def test_what_can_be_read_of_a_damaged_file(kept: str, tmp_path: Path) -> None:
     if kept == "without it":
         (salvage / "daemon.db-wal").unlink()
         (salvage / "daemon.db-shm").unlink(missing_ok=True)
-    script = blocks("sh")[1].replace("python -m", f"{sys.executable} -m")
     salvaged = subprocess.run(
-        ["bash", "-c", script], cwd=salvage, env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=LIMIT
+        ["bash", "-c", blocks("sh")[1]],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=LIMIT,
     )
     assert "check          ok" in salvaged.stdout
-    shutil.copyfile(salvage / "new.db", tmp_path / "restored.db")
+    shutil.copyfile(tmp_path / "new.db", tmp_path / "restored.db")
     with DB.open(tmp_path / "restored.db") as db:
         (late,) = db.conn.execute("SELECT count(*) FROM events WHERE event_type = 'late'").fetchone()
         (steps,) = db.conn.execute("SELECT count(*) FROM events WHERE event_type <> 'late'").fetchone()
@@ -215,21 +222,15 @@ def test_what_can_be_read_of_a_damaged_file(kept: str, tmp_path: Path) -> None:
     assert steps > 3000
 
 
+@pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command-line program")
 def test_restore_into_a_live_file(tmp_path: Path) -> None:
     """The daemon goes on with what was restored. `cp` would destroy the file."""
-    if not shutil.which("sqlite3"):
-        pytest.skip("needs the sqlite3 command-line program")
+    (command,) = re.findall(r"`(sqlite3 [^`]*\.restore [^`]*)`", README)
     with DB.open(tmp_path / "daemon.db") as db:
         insert_run(db.conn)
         run("-m", "daemon_db", "--backup", "backup.db", "daemon.db", cwd=tmp_path)
         insert_run(db.conn, "run-2")
-        subprocess.run(
-            ["sqlite3", tmp_path / "daemon.db"],
-            input=f".timeout 5000\n.restore {tmp_path / 'backup.db'}\n",
-            text=True,
-            check=True,
-            timeout=LIMIT,
-        )
+        subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, timeout=LIMIT)
         assert db.conn.execute("SELECT id FROM runs").fetchall() == [("run-1",)]
         insert_run(db.conn, "run-3")
         assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]

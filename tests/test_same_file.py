@@ -15,7 +15,7 @@ from daemon_db.errors import TWO_NAMES
 from support import LIMIT, append_event, files_in, in_thread, insert_run, make_wal, open_files, rounds, run, wait_for
 
 GONE = "removed or replaced since this DB was opened"
-STILL_OPEN = "removed or replaced while this process has it open: put the file back; or stop every program"
+STILL_OPEN = "removed or replaced while this process has it open: put the file back, with its -wal"
 
 
 def runs(db: DB) -> list[str]:

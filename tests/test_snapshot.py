@@ -122,7 +122,7 @@ def test_nested(outer: str, inner: str, tmp_path: Path) -> None:
     with DB.open(tmp_path / "db", timeout=600) as db:
         with getattr(db, outer)() as conn:
             with (
-                pytest.raises(sqlite3.OperationalError, match="^cannot start a transaction within a transaction$"),
+                pytest.raises(sqlite3.OperationalError, match="^cannot start a transaction within a transaction\n"),
                 getattr(db, inner)(),
             ):
                 raise AssertionError

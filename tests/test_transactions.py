@@ -675,6 +675,27 @@ class TestNotes:
         (note,) = caught.value.__notes__
         assert note.startswith(f"{db.path}: the block itself committed or rolled back")
 
+    @pytest.mark.parametrize("inner", ["transaction", "snapshot"])
+    @pytest.mark.parametrize("outer", ["transaction", "snapshot", "BEGIN"])
+    def test_nested(self, outer: str, inner: str, db: DB) -> None:
+        with contextlib.closing(db.conn.execute("BEGIN")) if outer == "BEGIN" else getattr(db, outer)():
+            with pytest.raises(sqlite3.OperationalError, match="within a transaction") as caught, getattr(db, inner)():
+                raise AssertionError
+        (note,) = caught.value.__notes__
+        assert note == f"{db.path}: this thread is in a transaction(), a snapshot() or a BEGIN by hand already"
+
+    def test_a_write_where_there_is_none(self, db: DB) -> None:
+        insert_run(db.conn)
+        with DB.open(db.path, read_only=True) as reader:
+            for block, words in (
+                (db.snapshot(), "a snapshot() only reads; write in a transaction() after it"),
+                (reader.transaction(), "this DB was opened with read_only=True"),
+            ):
+                with pytest.raises(sqlite3.OperationalError, match="attempt to write a readonly") as caught:
+                    with block as conn:
+                        conn.execute("DELETE FROM runs")
+                assert caught.value.__notes__ == [f"{db.path}: {words}"]
+
     def test_an_error_of_the_block_has_none(self, db: DB) -> None:
         with pytest.raises(sqlite3.IntegrityError) as caught, db.transaction() as conn:
             insert_run(conn)

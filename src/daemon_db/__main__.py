@@ -109,7 +109,7 @@ def check(path: str) -> dict[str, Any]:
 
 def back_up(path: str, destination: str) -> dict[str, Any]:
     """Copy the database to a new file, check that, and rename it. Whatever fails, what is at `destination` stays."""
-    if not destination or "\0" in destination:
+    if destination in ("", "-") or "\0" in destination:
         raise ValueError(f"DEST must be a file name, not {destination!r}")
     target = os.path.realpath(destination)
     with progress(f"copying {path}") as show, opened_as_it_is(path) as (conn, state):
@@ -118,7 +118,7 @@ def back_up(path: str, destination: str) -> dict[str, Any]:
             descriptor, part = tempfile.mkstemp(prefix="daemon_db-", suffix=".part", dir=os.path.dirname(target))
             os.close(descriptor)
         try:
-            found = look(conn, state.file.path) | copy_and_check(conn, part, target, show)
+            found = look(conn, state.file.path) | copy_and_check(conn, state.file.path, part, target, show)
             found["backup"] = None if found["damaged"] else target
             if not found["damaged"]:
                 refuse_destination(destination, target, path)  # again, because that took its time
@@ -159,7 +159,9 @@ def refuse_destination(destination: str, target: str, path: str) -> None:
             )
 
 
-def copy_and_check(conn: sqlite3.Connection, part: str, target: str, show: Callable[[str], None]) -> dict[str, Any]:
+def copy_and_check(
+    conn: sqlite3.Connection, path: str, part: str, target: str, show: Callable[[str], None]
+) -> dict[str, Any]:
     """Copy as of one moment, however many write meanwhile. Return what is wrong with the copy."""
 
     def follow(_: int, remaining: int, total: int) -> None:
@@ -176,7 +178,8 @@ def copy_and_check(conn: sqlite3.Connection, part: str, target: str, show: Calla
         except sqlite3.OperationalError as error:
             if primary_code(error) == sqlite3.SQLITE_INTERRUPT:
                 raise
-            raise Refused(f"cannot write {target}: {error}") from error
+            # Python doesn't say which of the two it was.
+            raise Refused(f"cannot copy {path} to {target}: {error}") from error
         conn.execute("COMMIT")
         found = problems_of(copy)
         return {"rows": count_rows(copy, found["damaged"])} | found
@@ -249,7 +252,10 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"journal mode   {found['journal_mode']}"
     yield f"foreign keys   {'on' if found['foreign_keys'] else 'off'}"
     for table, count in found["rows"].items():
-        yield f"{table:14} {'unknown' if count is None else '1 row' if count == 1 else f'{count} rows'}"
+        if f"{table}: missing table" in found.get("to_add", ()):
+            yield f"{table:14} no such table: the file is an older version's, or the table was dropped"
+        else:
+            yield f"{table:14} {'unknown' if count is None else '1 row' if count == 1 else f'{count} rows'}"
     if found.get("added"):
         yield f"opened         {_schema.what_was_added(found['added'])}"
     if found.get("to_add"):

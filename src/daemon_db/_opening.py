@@ -78,6 +78,7 @@ def open_first_once(state: State) -> Connection:
     _process.refuse_inherited(file)
     _process.refuse_index_in_use(file)
     refuse_lost_wal(file)
+    file.refuse_wal_alone()
     likely = _guard.next_descriptors()
     with said_in_words(state):
         conn = Connection(state)

@@ -12,8 +12,10 @@ from .errors import (
     MOUNTED_ALONE,
     NO_INDEX,
     NO_INDEX_ON_READ_ONLY_FILE_SYSTEM,
+    NOT_A_DATABASE,
     READ_ONLY_FILE_SYSTEM,
     REPLACED,
+    WAL_WITHOUT_FILE,
     OpenError,
     lacks_memory_or_locks,
     primary_code,
@@ -45,6 +47,7 @@ class File:
         self.read_only = read_only
         self.create = create
         self.id: FileId | None = None
+        self._was_empty = True
         self._opens_to_write = not read_only
 
     # Before SQLite is asked
@@ -89,8 +92,9 @@ class File:
         if not stat.S_ISREG(status.st_mode):
             raise OpenError(self.path, "not a regular file")  # to open a pipe may take for ever
         if status.st_size == 1:
-            raise OpenError(self.path, "not a SQLite database")  # SQLite takes one byte for an empty file
+            raise OpenError(self.path, NOT_A_DATABASE)  # SQLite takes one byte for an empty file
         self.id = status.st_dev, status.st_ino
+        self._was_empty = status.st_size == 0
         if is_mount_point(self.real_path):
             raise OpenError(self.path, MOUNTED_ALONE)
         if forbidden := self._forbidden("", "-wal", "-shm"):
@@ -151,6 +155,12 @@ class File:
         escaped = self.real_path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
         # "//" is followed by a host, here by none: without it, a path that begins with two slashes would name a host
         return f"file://{escaped}?mode={mode}"
+
+    def refuse_wal_alone(self) -> None:
+        """Raise `OpenError` if there is a -wal beside no file, or an empty one: SQLite would remove that -wal."""
+        # The -wal first: who creates a database makes the file first.
+        if self._was_empty and self.wal_size() and _is_empty(self.real_path):
+            raise OpenError(self.path, WAL_WITHOUT_FILE)
 
     # Once SQLite has opened it
 
@@ -305,7 +315,7 @@ def locate(path: str | os.PathLike[str], read_only: bool, create: bool = True) -
         raise ValueError(f"path must be a file name, not a URI: a file of that name is './{name}'")
     if name == MEMORY:
         if read_only:
-            raise ValueError(f"read_only is for files: a {MEMORY} database begins empty")
+            raise ValueError(f"a {MEMORY} database begins empty: there is nothing to read")
         return Memory()
     if not os.path.isabs(name):
         try:
@@ -322,6 +332,14 @@ def find_id(path: str | int) -> FileId | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _is_empty(path: str) -> bool:
+    """Whether the file has no bytes, or isn't there."""
+    try:
+        return os.stat(path).st_size == 0
+    except FileNotFoundError:
+        return True
 
 
 def _exists(path: str) -> bool:  # os.path.exists() takes twice as long

@@ -276,7 +276,7 @@ def _table_differences(name: str, wanted: Table, found: Table) -> Iterator[str]:
         if column in found.required:
             yield f"{name}.{_name(column)}: extra column, NOT NULL without a default"
         elif absent:
-            yield f"{name}.{_name(column)}: extra column, where another is missing: renamed?"
+            yield f"{name}.{_name(column)}: extra column, where another is missing. Renamed? Then rename it back"
     for constraint in sorted(wanted.constraints.keys() - found.constraints.keys()):
         is_added_with_its_column = wanted.constraints[constraint] & absent
         index = wanted.unique_indexes.get(constraint)

@@ -79,7 +79,11 @@ class DB:
 
         https://sqlite.org/wal.html, https://sqlite.org/foreignkeys.html, https://sqlite.org/lang_altertable.html.
         """
-        if not 0 <= timeout <= _LONGEST_TIMEOUT:
+        try:
+            is_in_range = 0 <= timeout <= _LONGEST_TIMEOUT
+        except TypeError as error:
+            raise TypeError(f"timeout must be a number of seconds, not {timeout!r}") from error
+        if not is_in_range:
             raise ValueError(f"timeout must be from 0 to {_LONGEST_TIMEOUT} seconds, not {timeout!r}")
         db = cls.__new__(cls)
         db._open(State(_place.locate(path, read_only, create), float(timeout)), on_connect)
@@ -138,7 +142,7 @@ class DB:
         state = self._state
         conn = self._connection()
         if conn.in_transaction:
-            conn.execute("BEGIN")  # raises SQLite's own refusal; the outer transaction can go on
+            self._refuse_nested(conn)
         try:
             if not state.turn.acquire(timeout=state.timeout):
                 raise locked(
@@ -169,7 +173,7 @@ class DB:
                 error.add_note(f"ROLLBACK failed, too: {second}")
                 conn.close()
             if isinstance(error, sqlite3.OperationalError):
-                self._replace_if_read_only(conn, error)
+                self._explain_read_only(conn, error)
             raise
         finally:
             try:
@@ -198,7 +202,7 @@ class DB:
         """
         conn = self._connection()
         if conn.in_transaction:
-            conn.execute("BEGIN")  # raises SQLite's own refusal; the outer transaction can go on
+            self._refuse_nested(conn)
         cursor = sqlite3.Cursor(conn)
         cursor.row_factory = None  # the caller's may make anything of a row
         (query_only,) = cursor.execute("PRAGMA query_only").fetchone()
@@ -215,6 +219,10 @@ class DB:
                 raise
             self._state.refuse_before_write()  # what is read in a lost WAL is as old as the loss
             yield conn
+        except sqlite3.OperationalError as error:
+            if primary_code(error) == sqlite3.SQLITE_READONLY:
+                error.add_note(f"{self.path}: a snapshot() only reads; write in a transaction() after it")
+            raise
         finally:
             # As in transaction(): methods that are C code. A signal's exception may strike right after the first one.
             if self._state.pid == _process.pid:
@@ -265,13 +273,21 @@ class DB:
             raise
         self._state.refuse_before_write()
 
-    def _replace_if_read_only(self, conn: Connection, error: sqlite3.OperationalError) -> None:
-        """Have the connection replaced if SQLite could open the file for reading only: it would stay so."""
-        if (
-            primary_code(error) == sqlite3.SQLITE_READONLY
-            and not self._state.file.read_only
-            and _guard.has_one_to_read_only(self._state.file)
-        ):
+    def _refuse_nested(self, conn: Connection) -> None:
+        """Raise SQLite's own refusal. The outer transaction can go on."""
+        try:
+            conn.execute("BEGIN")
+        except sqlite3.OperationalError as error:
+            error.add_note(f"{self.path}: this thread is in a transaction(), a snapshot() or a BEGIN by hand already")
+            raise
+
+    def _explain_read_only(self, conn: Connection, error: sqlite3.OperationalError) -> None:
+        """Say why SQLite can't write. If it could open the file for reading only, have the connection replaced."""
+        if primary_code(error) != sqlite3.SQLITE_READONLY:
+            return
+        if self._state.file.read_only:
+            error.add_note(f"{self.path}: this DB was opened with read_only=True")
+        elif _guard.has_one_to_read_only(self._state.file):
             error.add_note(f"{self.path}: {NO_DESCRIPTORS}. This thread's next use of the DB opens another connection")
             conn.is_usable = False
 

@@ -41,12 +41,19 @@ NO_TRANSACTION = (
 )
 # What is left in the old file's WAL would be written over the new file. And if another program has begun a new WAL
 # meanwhile, to remove that one destroys the program's commits: so every program is stopped first.
-_BEGIN_ANEW = (
-    "stop every program that has it open, copy the -wal and the -shm that are left away, remove these two, and start "
-    "again"
+_PUT_BACK = (
+    "put the file back, with its -wal if that was moved, too. Or stop every program that has it open, copy the -wal "
+    "and the -shm that are left away, remove these two, put a backup there (without one, the database begins empty), "
+    "and start again"
 )
-REPLACED = f"removed or replaced since this DB was opened: put the file back; or {_BEGIN_ANEW}"
-STILL_OPEN = f"removed or replaced while this process has it open: put the file back; or {_BEGIN_ANEW}"
+REPLACED = f"removed or replaced since this DB was opened: {_PUT_BACK}"
+STILL_OPEN = f"removed or replaced while this process has it open: {_PUT_BACK}"
+WAL_WITHOUT_FILE = (
+    "the file is gone or empty, and its -wal is still there, with the newest commits: stop every program that has it "
+    "open, and put back the file that belongs to this -wal. Or, before a backup or a new database comes here, move "
+    "the -wal and the -shm away"
+)
+NOT_A_DATABASE = 'not a SQLite database (if it was one, see "Damage" in the README before you do anything)'
 WAL_REMOVED = (
     "its -wal or -shm was removed or replaced while it was open: the newest commits may be lost. Before anything else "
     "opens it, let every program that has it open close it and end (kill -9 would lose more); copy the file, its -wal "
@@ -69,9 +76,9 @@ NO_DESCRIPTORS = (
 )
 # A WAL belongs to one file: what is left in the damaged file's WAL would be written over the backup.
 AFTER_DAMAGE = (
-    "stop every program that has it open; copy the file, its -wal and its -shm away, all together, because the -wal "
-    "has the newest commits; then remove the three, and put a backup here, or what can be salvaged from the copies "
-    '(see "Damage" in the README)'
+    "stop every program that has it open; copy the file away, together with its -wal and -shm if they are there, "
+    "because the -wal has the newest commits; then remove these files here, and put a backup here, or what can be "
+    'salvaged from the copies (see "Damage" in the README)'
 )
 HOT_JOURNAL = "a killed process left a rollback journal, to be played back first: open it once without read_only"
 NO_INDEX = (
@@ -127,7 +134,7 @@ def in_words(error: Exception, timeout: float = 5.0) -> str:
             "process needs free file descriptors"
         )
     if primary_code(error) == sqlite3.SQLITE_NOTADB:
-        return "not a SQLite database"
+        return NOT_A_DATABASE
     return str(error)
 
 
