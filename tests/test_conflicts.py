@@ -49,18 +49,25 @@ NO_RUNS_UNIQUE = "runs: no unique constraint (feature_branch, repo_path)"
 RUNS_UNIQUE = ", UNIQUE(feature_branch, repo_path)"
 UNITS_KEY = "REFERENCES runs(id) ON DELETE CASCADE"
 
+RENAMED = _schema._RENAMED
+
 COLUMN_CONFLICTS = {
     "renamed column": (
         schema(events=("payload_json", "payload")),
         "events.payload_json: missing column",
-        "events.payload: extra column, where another is missing. Renamed? Then rename it back",
+        f"events.payload: extra column, where another is missing. {RENAMED}",
     ),
     "missing column of a table with an extra one": (
         schema(units=("branch TEXT, worktree_path TEXT", '"work tree" TEXT DEFAULT 0, head TEXT')),
         "units.branch: missing column",
         "units.worktree_path: missing column",
-        "units.head: extra column, where another is missing. Renamed? Then rename it back",
-        'units."work tree": extra column, where another is missing. Renamed? Then rename it back',
+        f"units.head: extra column, where another is missing. {RENAMED}",
+        f'units."work tree": extra column, where another is missing. {RENAMED}',
+    ),
+    "renamed column that must have a value": (
+        schema(runs=("target_branch", "target")),
+        "runs.target_branch: missing column",
+        f"runs.target: extra column, NOT NULL without a default, where another is missing. {RENAMED}",
     ),
     "another type": (
         schema(runs=("parallelism INTEGER", "parallelism TEXT")),
@@ -314,6 +321,11 @@ OBJECT_CONFLICTS = {
         NOTES + schema(idx_runs_status="CREATE INDEX idx_runs_status ON Notes(text);"),
         "idx_runs_status: index on notes, should be on runs",
     ),
+    "renamed table": (
+        schema() + "ALTER TABLE units RENAME TO unit;",
+        f"idx_units_run_id: index on unit, should be on units, which is missing. {RENAMED}",
+        f"idx_units_status: index on unit, should be on units, which is missing. {RENAMED}",
+    ),
     "index on another column": (
         schema(idx_runs_status=("runs(status)", "runs(started_at)")),
         "idx_runs_status: index on runs(started_at), should be index on runs(status)",
@@ -367,7 +379,7 @@ OBJECT_CONFLICTS = {
         "units.unit_id: no type, should be TEXT NOT NULL",
         "units.status: no type, should be TEXT NOT NULL",
         *(f"units.{name}: missing column" for name in "branch worktree_path started_at completed_at error".split()),
-        "units.label: extra column, NOT NULL without a default",
+        f"units.label: extra column, NOT NULL without a default, where another is missing. {RENAMED}",
         NO_UNITS_KEY,
         "units: no unique constraint (id)",
         "units: no unique constraint (run_id, unit_id)",

@@ -211,7 +211,7 @@ class TestErrors:
             assert done.stderr == (
                 f"daemon_db: the schema of {path} does not fit: "
                 f"runs.{spare('runs')}: missing column; "
-                "runs.has_another_name: extra column, where another is missing. Renamed? Then rename it back; "
+                f"runs.has_another_name: extra column, where another is missing. {_schema._RENAMED}; "
                 f"units: extra unique constraint ({spare('units')}), by the index one\n"
             )
 
@@ -420,7 +420,7 @@ class TestBackup:
         done = command("--backup", copy, path)
         assert (done.returncode, report(done.stdout)["check"]) == (1, "failed")
         assert re.search(
-            rf"failed the check: .*[Pp]age {page}\b.*: no backup was written; stop every program", done.stderr
+            rf"failed the check: .*[Pp]age {page}\b.*: stop every program.*\. No backup was written$", done.stderr
         )
         assert copy.read_bytes() == good
         with DB.open(copy) as db:
@@ -437,12 +437,18 @@ class TestBackup:
         assert command("--check", path).returncode == command("--backup", copy, path).returncode == 1
 
     def test_rows_without_their_run_are_copied_and_said(self, tmp_path: Path) -> None:
-        """A backup of them is better than none."""
+        """A backup of them is better than none, but worse than the one that is there."""
         path = tmp_path / "daemon.db"
         TestDamage().make_orphans(path, 1)
         done = command("--backup", tmp_path / "copy.db", path)
         assert (done.returncode, report(done.stdout)["backup"]) == (1, str(tmp_path / "copy.db"))
         assert "events row 1 refers to a row of runs that isn't there" in done.stderr
+        assert done.stderr.endswith(". The backup was written all the same\n")
+        (tmp_path / "copy.db").write_text("a good one", encoding="ascii")
+        done = command("--backup", tmp_path / "copy.db", path)
+        assert (done.returncode, report(done.stdout).get("backup")) == (1, None)
+        assert done.stderr.endswith(". No backup was written\n")
+        assert (tmp_path / "copy.db").read_text(encoding="ascii") == "a good one"
 
     def test_without_space_and_interrupted(self, tmp_path: Path) -> None:
         path, copy = tmp_path / "daemon.db", tmp_path / "copy.db"
@@ -599,8 +605,9 @@ class TestDamage:
         assert report(done.stdout)["check"] == "failed"
         assert (done.returncode, done.stderr) == (
             1,
-            f"daemon_db: {path} failed the check: {'; '.join(problems[:10])}{more}: delete these rows, or add what "
-            "they refer to (who wrote them had no PRAGMA foreign_keys=ON)\n",
+            f"daemon_db: {path} failed the check: {'; '.join(problems[:10])}{more}: add the rows that these refer to, "
+            "from a backup for instance, or delete these (either they were written without PRAGMA foreign_keys=ON, or "
+            "what they refer to was lost)\n",
         )
         done = command("--check", "--json", path)
         assert (done.returncode, json.loads(done.stdout)["problems"]) == (1, problems)

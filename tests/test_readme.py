@@ -171,11 +171,9 @@ def test_the_benchmark_starts() -> None:
 @pytest.mark.parametrize("kept", ["with the -wal", "without it"])
 def test_what_can_be_read_of_a_damaged_file(kept: str, tmp_path: Path) -> None:
     """To the letter: three pages are gone, and 500 commits are in the -wal alone."""
-    live, salvage = tmp_path / "live", tmp_path / "work"
-    live.mkdir()
-    salvage.mkdir()
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    live = tmp_path / "live"
+    (live / ".venv" / "bin").mkdir(parents=True)
+    (live / ".venv" / "bin" / "python").symlink_to(sys.executable)
     with DB.open(tmp_path / "daemon.db", on_connect=lambda conn: conn.execute("PRAGMA wal_autocheckpoint=0")) as db:
         with db.transaction() as conn:
             insert_run(conn)
@@ -201,20 +199,20 @@ def test_what_can_be_read_of_a_damaged_file(kept: str, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert all(re.search(rf"[Pp]age {page + 1}\b", done.stderr) for page in (100, 150, 200))
     assert (live / "daemon.db").read_bytes() == before
-    copy(live / "daemon.db", salvage / "daemon.db")
     if kept == "without it":
-        (salvage / "daemon.db-wal").unlink()
-        (salvage / "daemon.db-shm").unlink(missing_ok=True)
+        (live / "daemon.db-wal").unlink()
+        (live / "daemon.db-shm").unlink(missing_ok=True)
     salvaged = subprocess.run(
         ["bash", "-c", blocks("sh")[1]],
-        cwd=tmp_path,
+        cwd=live,
         env=ENVIRONMENT,
         capture_output=True,
         encoding="utf-8",
         timeout=LIMIT,
     )
     assert "check          ok" in salvaged.stdout
-    shutil.copyfile(tmp_path / "new.db", tmp_path / "restored.db")
+    assert (live / "kept" / "daemon.db").read_bytes() == before
+    shutil.copyfile(live / "work" / "new.db", tmp_path / "restored.db")
     with DB.open(tmp_path / "restored.db") as db:
         (late,) = db.conn.execute("SELECT count(*) FROM events WHERE event_type = 'late'").fetchone()
         (steps,) = db.conn.execute("SELECT count(*) FROM events WHERE event_type <> 'late'").fetchone()
@@ -225,13 +223,20 @@ def test_what_can_be_read_of_a_damaged_file(kept: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command-line program")
 def test_restore_into_a_live_file(tmp_path: Path) -> None:
     """The daemon goes on with what was restored. `cp` would destroy the file."""
-    (command,) = re.findall(r"`(sqlite3 [^`]*\.restore [^`]*)`", README)
+    (command,) = re.findall(r"`([^`]* --check && sqlite3 [^`]*\.restore [^`]*)`", README)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
     with DB.open(tmp_path / "daemon.db") as db:
         insert_run(db.conn)
         run("-m", "daemon_db", "--backup", "backup.db", "daemon.db", cwd=tmp_path)
         insert_run(db.conn, "run-2")
-        subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, timeout=LIMIT)
-        assert db.conn.execute("SELECT id FROM runs").fetchall() == [("run-1",)]
+        for backup in "no.db", "backup.db":
+            restored = subprocess.run(
+                ["bash", "-c", command.replace("backup.db", backup)], cwd=tmp_path, env=ENVIRONMENT, timeout=LIMIT
+            )
+            assert restored.returncode == (backup == "no.db")
+            rows = [("run-1",), ("run-2",)] if backup == "no.db" else [("run-1",)]
+            assert db.conn.execute("SELECT id FROM runs").fetchall() == rows
         insert_run(db.conn, "run-3")
         assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from daemon_db import DB, OpenError, _opening, _place, _process
-from daemon_db.errors import TWO_NAMES
+from daemon_db.errors import TWO_NAMES, WAL_WITHOUT_FILE
 from support import LIMIT, append_event, files_in, in_thread, insert_run, make_wal, open_files, rounds, run, wait_for
 
 GONE = "removed or replaced since this DB was opened"
@@ -285,7 +285,7 @@ def test_the_new_file_is_not_opened_before_the_old_one_is_closed(
         before = files_in(file.parent)
         is_gone = change is not put_another_in_its_place
         for _ in range(2):
-            with pytest.raises(OpenError, match="does not exist" if is_gone and read_only else STILL_OPEN):
+            with pytest.raises(OpenError, match=WAL_WITHOUT_FILE if is_gone and read_only else STILL_OPEN):
                 DB.open(file, read_only=read_only)
         assert files_in(file.parent) == before
         assert runs(db) == ["run-of-the-old"]

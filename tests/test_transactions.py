@@ -682,7 +682,9 @@ class TestNotes:
             with pytest.raises(sqlite3.OperationalError, match="within a transaction") as caught, getattr(db, inner)():
                 raise AssertionError
         (note,) = caught.value.__notes__
-        assert note == f"{db.path}: this thread is in a transaction(), a snapshot() or a BEGIN by hand already"
+        assert (
+            note == f"{db.path}: this thread is in a transaction(), a snapshot() or a BEGIN by hand already: use that"
+        )
 
     def test_a_write_where_there_is_none(self, db: DB) -> None:
         insert_run(db.conn)

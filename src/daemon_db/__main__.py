@@ -119,8 +119,10 @@ def back_up(path: str, destination: str) -> dict[str, Any]:
             os.close(descriptor)
         try:
             found = look(conn, state.file.path) | copy_and_check(conn, state.file.path, part, target, show)
-            found["backup"] = None if found["damaged"] else target
-            if not found["damaged"]:
+            # Rows without their run are better than no backup, but worse than the one that is there.
+            is_written = not found["problems"] or (not found["damaged"] and not os.path.exists(target))
+            found["backup"] = target if is_written else None
+            if is_written:
                 refuse_destination(destination, target, path)  # again, because that took its time
                 with writing(target):
                     like = target if os.path.exists(target) else state.file.real_path
@@ -301,10 +303,15 @@ def what_failed(found: dict[str, Any]) -> str:
     problems = found["problems"]
     more = f" and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
     said = f"{found['path']} failed the check: {'; '.join(problems[:_MOST_PROBLEMS])}{more}"
+    backup = ""
+    if "backup" in found:
+        backup = ". The backup was written all the same" if found["backup"] else ". No backup was written"
     if not found["damaged"]:
-        said = f"{said}; the backup was written" if "backup" in found else said
-        return f"{said}: delete these rows, or add what they refer to (who wrote them had no PRAGMA foreign_keys=ON)"
-    return f"{said}: {'no backup was written; ' if 'backup' in found else ''}{AFTER_DAMAGE}"
+        return (
+            f"{said}: add the rows that these refer to, from a backup for instance, or delete these (either they were "
+            f"written without PRAGMA foreign_keys=ON, or what they refer to was lost){backup}"
+        )
+    return f"{said}: {AFTER_DAMAGE}{backup}"
 
 
 def one_line(message: str) -> str:

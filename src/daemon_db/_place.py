@@ -80,9 +80,10 @@ class File:
         if not isinstance(error, FileNotFoundError):  # links in a circle, a name that is too long, no permission
             forbidden = isinstance(error, PermissionError) and self._forbidden_directory()
             raise OpenError(self.path, forbidden or str(error.strerror)) from error
-        if self.read_only or not self.create:
-            raise OpenError(self.path, "it does not exist") from error
         self.real_path = os.path.realpath(self.path)
+        if self.read_only or not self.create:
+            self.refuse_wal_alone()
+            raise OpenError(self.path, "it does not exist") from error
         if too_long := self._journal_name_too_long():  # SQLite would create the file, and then not the journal
             raise OpenError(self.path, too_long) from error
 

@@ -12,8 +12,8 @@ key fits, be the key an extra one of ours or another table's to ours. Difference
 """
 
 import functools
-import importlib.resources
 import itertools
+import pkgutil
 import re
 import sqlite3
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from .errors import OpenError, SchemaError, primary_code
 
-SQL = importlib.resources.files(__package__).joinpath("schema.sql").read_text(encoding="utf-8")
+# Not by importlib.resources, which takes as long to import as all else that is imported here.
+SQL = (pkgutil.get_data(__package__, "schema.sql") or b"").decode()
 
 # As a blob, because text in there needn't be UTF-8.
 _WHOLE_TEXT = """
@@ -247,6 +248,9 @@ def _decode(text: bytes) -> str:
     return text.decode("utf-8", "replace")
 
 
+_RENAMED = "Renamed? Then rename it back: to drop it would lose what is in it"
+
+
 def _differences(found: Schema) -> Iterator[str]:
     """What in this file doesn't fit, each thing on one line."""
     wanted = expected()
@@ -258,7 +262,8 @@ def _differences(found: Schema) -> Iterator[str]:
         if there and there.kind != kind:
             yield f"{name}: {there.kind or 'no type'}, should be {kind}"
         elif there and there.table != table:
-            yield f"{name}: {kind} on {there.table}, should be on {table}"
+            renamed = "" if table in found.objects else f", which is missing. {_RENAMED}"
+            yield f"{name}: {kind} on {there.table}, should be on {table}{renamed}"
     for name in sorted(found.tables):
         yield from _table_differences(name, wanted.tables[name], found.tables[name])
 
@@ -273,10 +278,10 @@ def _table_differences(name: str, wanted: Table, found: Table) -> Iterator[str]:
         elif found.columns[column] != declaration:
             yield f"{name}.{column}: {found.columns[column] or 'no type'}, should be {declaration}"
     for column in sorted(extra):
-        if column in found.required:
-            yield f"{name}.{_name(column)}: extra column, NOT NULL without a default"
-        elif absent:
-            yield f"{name}.{_name(column)}: extra column, where another is missing. Renamed? Then rename it back"
+        required = ", NOT NULL without a default" if column in found.required else ""
+        renamed = f", where another is missing. {_RENAMED}" if absent else ""
+        if required or renamed:
+            yield f"{name}.{_name(column)}: extra column{required}{renamed}"
     for constraint in sorted(wanted.constraints.keys() - found.constraints.keys()):
         is_added_with_its_column = wanted.constraints[constraint] & absent
         index = wanted.unique_indexes.get(constraint)

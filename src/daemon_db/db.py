@@ -278,7 +278,9 @@ class DB:
         try:
             conn.execute("BEGIN")
         except sqlite3.OperationalError as error:
-            error.add_note(f"{self.path}: this thread is in a transaction(), a snapshot() or a BEGIN by hand already")
+            error.add_note(
+                f"{self.path}: this thread is in a transaction(), a snapshot() or a BEGIN by hand already: use that"
+            )
             raise
 
     def _explain_read_only(self, conn: Connection, error: sqlite3.OperationalError) -> None:

@@ -37,7 +37,7 @@ class SchemaError(sqlite3.DatabaseError):
 
 NO_TRANSACTION = (
     "the block itself committed or rolled back (executescript() and `with conn:` commit), or SQLite rolled back after "
-    "an error that the block caught"
+    "an error that the block caught: look which rows are there before you repeat it"
 )
 # What is left in the old file's WAL would be written over the new file. And if another program has begun a new WAL
 # meanwhile, to remove that one destroys the program's commits: so every program is stopped first.
@@ -49,9 +49,9 @@ _PUT_BACK = (
 REPLACED = f"removed or replaced since this DB was opened: {_PUT_BACK}"
 STILL_OPEN = f"removed or replaced while this process has it open: {_PUT_BACK}"
 WAL_WITHOUT_FILE = (
-    "the file is gone or empty, and its -wal is still there, with the newest commits: stop every program that has it "
-    "open, and put back the file that belongs to this -wal. Or, before a backup or a new database comes here, move "
-    "the -wal and the -shm away"
+    "the file is gone or empty, but its -wal is still there, with the newest commits. Stop every program that has it "
+    "open. If you have that very file, moved or renamed, put it back. A backup is not that file: before a backup or a "
+    "new database comes here, move the -wal and the -shm away"
 )
 NOT_A_DATABASE = 'not a SQLite database (if it was one, see "Damage" in the README before you do anything)'
 WAL_REMOVED = (
