@@ -323,8 +323,8 @@ OBJECT_CONFLICTS = {
     ),
     "renamed table": (
         schema() + "ALTER TABLE units RENAME TO unit;",
-        f"idx_units_run_id: index on unit, should be on units, which is missing. {RENAMED}",
-        f"idx_units_status: index on unit, should be on units, which is missing. {RENAMED}",
+        "idx_units_run_id: index on unit, should be on units, which is missing. If it was renamed, rename it back",
+        "idx_units_status: index on unit, should be on units, which is missing. If it was renamed, rename it back",
     ),
     "index on another column": (
         schema(idx_runs_status=("runs(status)", "runs(started_at)")),

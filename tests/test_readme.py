@@ -75,8 +75,8 @@ def test_a_date_compares_as_time_does(tmp_path: Path) -> None:
 def test_the_snapshot_and_the_command_line_after_it(tmp_path: Path) -> None:
     daemon, snapshot, _ = blocks("python")
     run("-c", daemon, cwd=tmp_path)
-    opened = 'from daemon_db import DB\ndb = DB.open("daemon.db")\n'
-    assert run("-c", f"{opened}{snapshot}db.close()\nprint(runs, units)", cwd=tmp_path) == "1 2\n"
+    opened = 'from daemon_db import DB\nstore = DB.open("daemon.db")\n'
+    assert run("-c", f"{opened}{snapshot}store.close()\nprint(runs, units)", cwd=tmp_path) == "1 2\n"
     (block,) = blocks("console")
     command, shown = block.split("\n", 1)
     assert command.startswith("$ .venv/bin/python -m daemon_db ")

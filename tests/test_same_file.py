@@ -15,7 +15,7 @@ from daemon_db.errors import TWO_NAMES, WAL_WITHOUT_FILE
 from support import LIMIT, append_event, files_in, in_thread, insert_run, make_wal, open_files, rounds, run, wait_for
 
 GONE = "removed or replaced since this DB was opened"
-STILL_OPEN = "removed or replaced while this process has it open: put the file back, with its -wal"
+STILL_OPEN = "removed or replaced while this process has it open: stop every program"
 
 
 def runs(db: DB) -> list[str]:
@@ -442,6 +442,54 @@ def test_a_file_that_is_put_back_is_used_again(file: Path) -> None:
         with db.transaction() as conn:
             insert_run(conn)
         assert in_thread(lambda: runs(db)) == ["run-1"]
+
+
+@pytest.mark.parametrize("moment", ["before", "while it is opened"])
+def test_no_other_connection_to_an_emptied_file_removes_the_wal(
+    moment: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite would, at its first read: also a connection that only reads, and one that closes."""
+    with DB.open(file) as db, DB.open(file, read_only=True) as reader:
+        insert_run(db.conn)
+        wal = Path(f"{file}-wal").read_bytes()
+        remember_id = _place.File.remember_id
+
+        def empty(found: _place.File) -> None:
+            remember_id(found)
+            os.truncate(file, 0)
+
+        if moment == "before":
+            os.truncate(file, 0)
+        else:
+            monkeypatch.setattr(_place.File, "remember_id", empty)
+        for options in {}, {"read_only": True}, {"create": False}:
+            with pytest.raises(OpenError, match=WAL_WITHOUT_FILE):
+                DB.open(file, **options)
+        with pytest.raises(OpenError, match=WAL_WITHOUT_FILE):
+            in_thread(lambda: db.conn)
+        assert (file.stat().st_size, Path(f"{file}-wal").read_bytes()) == (0, wal)
+        reader.close()
+        assert Path(f"{file}-wal").read_bytes() == wal
+    assert (file.stat().st_size, Path(f"{file}-wal").read_bytes()) == (0, wal)  # nor does the last close write a part
+
+
+def test_an_emptied_file_is_got_back_as_the_words_say(file: Path) -> None:
+    """With the file of before, and the -wal."""
+    with DB.open(file) as db:
+        for number in range(50):
+            insert_run(db.conn, f"run-{number}")
+        db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        before = shutil.copyfile(file, file.with_name("before.db"))
+        for number in range(50, 100):
+            insert_run(db.conn, f"run-{number}")
+        os.truncate(file, 0)
+        kept = shutil.copyfile(f"{file}-wal", file.with_name("kept-wal"))
+    shutil.copyfile(before, file)
+    if not Path(f"{file}-wal").exists():
+        shutil.copyfile(kept, f"{file}-wal")
+    with DB.open(file) as db:
+        assert len(runs(db)) == 100
+        assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
 def test_a_path_that_is_a_link(tmp_path: Path) -> None:

@@ -678,25 +678,33 @@ class TestNotes:
     @pytest.mark.parametrize("inner", ["transaction", "snapshot"])
     @pytest.mark.parametrize("outer", ["transaction", "snapshot", "BEGIN"])
     def test_nested(self, outer: str, inner: str, db: DB) -> None:
-        with contextlib.closing(db.conn.execute("BEGIN")) if outer == "BEGIN" else getattr(db, outer)():
+        with contextlib.nullcontext() if outer == "BEGIN" else getattr(db, outer)():
+            if outer == "BEGIN":
+                db.conn.execute("BEGIN")
             with pytest.raises(sqlite3.OperationalError, match="within a transaction") as caught, getattr(db, inner)():
                 raise AssertionError
         (note,) = caught.value.__notes__
-        assert (
-            note == f"{db.path}: this thread is in a transaction(), a snapshot() or a BEGIN by hand already: use that"
-        )
+        assert note == f"{db.path}: this thread is in a transaction(), a snapshot(), or a BEGIN or SAVEPOINT by hand"
+        if outer == "BEGIN":
+            db.conn.execute("ROLLBACK")
 
     def test_a_write_where_there_is_none(self, db: DB) -> None:
         insert_run(db.conn)
         with DB.open(db.path, read_only=True) as reader:
             for block, words in (
-                (db.snapshot(), "a snapshot() only reads; write in a transaction() after it"),
+                (db.snapshot(), "in a snapshot(), its connection only reads"),
                 (reader.transaction(), "this DB was opened with read_only=True"),
             ):
                 with pytest.raises(sqlite3.OperationalError, match="attempt to write a readonly") as caught:
                     with block as conn:
                         conn.execute("DELETE FROM runs")
                 assert caught.value.__notes__ == [f"{db.path}: {words}"]
+            conn = db.conn
+            with pytest.raises(sqlite3.OperationalError, match="attempt to write a readonly") as caught:
+                with db.transaction():
+                    reader.conn.execute("DELETE FROM runs")
+            assert not hasattr(caught.value, "__notes__")  # it says nothing of this connection, which stays
+            assert db.conn is conn
 
     def test_an_error_of_the_block_has_none(self, db: DB) -> None:
         with pytest.raises(sqlite3.IntegrityError) as caught, db.transaction() as conn:

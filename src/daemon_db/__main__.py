@@ -118,7 +118,11 @@ def back_up(path: str, destination: str) -> dict[str, Any]:
             descriptor, part = tempfile.mkstemp(prefix="daemon_db-", suffix=".part", dir=os.path.dirname(target))
             os.close(descriptor)
         try:
-            found = look(conn, state.file.path) | copy_and_check(conn, state.file.path, part, target, show)
+            found = (
+                look(conn, state.file.path)
+                | {"to_add": list(state.added)}
+                | copy_and_check(conn, state.file.path, part, target, show)
+            )
             # Rows without their run are better than no backup, but worse than the one that is there.
             is_written = not found["problems"] or (not found["damaged"] and not os.path.exists(target))
             found["backup"] = target if is_written else None

@@ -103,7 +103,11 @@ class Guard:
         While the lock is held, nobody's close removes the WAL: if the WAL is gone, somebody has removed it by hand. As
         long as nobody has committed to another WAL, a checkpoint saves what is in the removed one. An empty -wal proves
         that only beside the same -shm: with another -shm, a process may have emptied its WAL after its commits.
+
+        If somebody has emptied the file, a checkpoint would write a part of the pages only, and the WAL would be gone.
         """
+        if file.is_there() and file.is_empty():
+            return False
         nobody_has_committed = file.wal_id() is None or self.has_index(file) and not file.wal_size()
         return not self.is_lost(file) or self.is_locked() and nobody_has_committed
 

@@ -83,6 +83,7 @@ def open_first_once(state: State) -> Connection:
     with said_in_words(state):
         conn = Connection(state)
         file.remember_id()
+        file.refuse_wal_alone()  # again: the file may have been emptied meanwhile
         read_first(conn)
         refuse_reading_only(conn, likely)
         file.remember_id()  # it must be the same: the read opens the WAL by the file's name
@@ -121,6 +122,7 @@ def open_another_once(state: State) -> Connection:
             # Before the first read: of another file, the read would empty the -shm, and begin its index anew. This
             # process's connections to the old file have that index in memory: they would crash (SIGBUS).
             file.refuse_replaced()
+            file.refuse_wal_alone()
             read_first(conn)
             file.refuse_replaced()  # the file may have been replaced between the first look and SQLite's
             refuse_reading_only(conn, likely)

@@ -47,7 +47,6 @@ class File:
         self.read_only = read_only
         self.create = create
         self.id: FileId | None = None
-        self._was_empty = True
         self._opens_to_write = not read_only
 
     # Before SQLite is asked
@@ -95,7 +94,6 @@ class File:
         if status.st_size == 1:
             raise OpenError(self.path, NOT_A_DATABASE)  # SQLite takes one byte for an empty file
         self.id = status.st_dev, status.st_ino
-        self._was_empty = status.st_size == 0
         if is_mount_point(self.real_path):
             raise OpenError(self.path, MOUNTED_ALONE)
         if forbidden := self._forbidden("", "-wal", "-shm"):
@@ -158,9 +156,12 @@ class File:
         return f"file://{escaped}?mode={mode}"
 
     def refuse_wal_alone(self) -> None:
-        """Raise `OpenError` if there is a -wal beside no file, or an empty one: SQLite would remove that -wal."""
-        # The -wal first: who creates a database makes the file first.
-        if self._was_empty and self.wal_size() and _is_empty(self.real_path):
+        """Raise `OpenError` if there is a -wal beside no file, or an empty one: the first read would remove that -wal.
+
+        The -wal is looked at first, because who creates a database makes the file first; and last, because who removes
+        a database removes the -wal first.
+        """
+        if self.wal_size() and self.is_empty() and self.wal_size():
             raise OpenError(self.path, WAL_WITHOUT_FILE)
 
     # Once SQLite has opened it
@@ -203,6 +204,13 @@ class File:
             return os.stat(f"{self.real_path}-wal").st_size
         except OSError:
             return 0
+
+    def is_empty(self) -> bool:
+        """Whether the file has no bytes, or isn't there."""
+        try:
+            return os.stat(self.real_path).st_size == 0
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
 
     def close(self) -> None:
         """Nothing to do: only `Memory` has something open."""
@@ -333,14 +341,6 @@ def find_id(path: str | int) -> FileId | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _is_empty(path: str) -> bool:
-    """Whether the file has no bytes, or isn't there."""
-    try:
-        return os.stat(path).st_size == 0
-    except FileNotFoundError:
-        return True
 
 
 def _exists(path: str) -> bool:  # os.path.exists() takes twice as long

@@ -59,6 +59,11 @@ def other_name(file: File) -> str | None:
     return None
 
 
+def has_reader(file: File) -> bool:
+    """Whether this process has a connection to the file that may only read."""
+    return any(other.id == file.id and other.mode() == "ro" for other in list(open_files.values()))
+
+
 def refuse_index_in_use(file: File) -> None:
     """Raise `OpenError` if the -shm beside this file is one that this process uses for the file that was here before.
 

@@ -248,7 +248,10 @@ def _decode(text: bytes) -> str:
     return text.decode("utf-8", "replace")
 
 
-_RENAMED = "Renamed? Then rename it back: to drop it would lose what is in it"
+_RENAMED = (
+    "If it was renamed, rename it back. If another version of the schema has added it, let that version open the file. "
+    "To drop it would lose what is in it"
+)
 
 
 def _differences(found: Schema) -> Iterator[str]:
@@ -262,7 +265,7 @@ def _differences(found: Schema) -> Iterator[str]:
         if there and there.kind != kind:
             yield f"{name}: {there.kind or 'no type'}, should be {kind}"
         elif there and there.table != table:
-            renamed = "" if table in found.objects else f", which is missing. {_RENAMED}"
+            renamed = "" if table in found.objects else ", which is missing. If it was renamed, rename it back"
             yield f"{name}: {kind} on {there.table}, should be on {table}{renamed}"
     for name in sorted(found.tables):
         yield from _table_differences(name, wanted.tables[name], found.tables[name])

@@ -51,7 +51,8 @@ def left_as_it_is(file: File) -> Iterator[None]:
     closed after. It is read-only, and can't checkpoint. If it can't be opened, this WAL can't be used by anybody.
     """
     with contextlib.ExitStack() as stack:
-        if file.wal_size() and file.is_there():  # to read another file would harm this process: see `open_another`
+        # To read another file would harm this process (see `open_another`), and to read an empty one removes the -wal.
+        if file.wal_size() and file.is_there() and not file.is_empty():
             with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
                 reader = stack.enter_context(contextlib.closing(sqlite3.connect(file.uri("ro"), uri=True, timeout=0)))
                 reader.execute("SELECT 1 FROM sqlite_master").fetchone()

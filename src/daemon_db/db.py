@@ -220,8 +220,8 @@ class DB:
             self._state.refuse_before_write()  # what is read in a lost WAL is as old as the loss
             yield conn
         except sqlite3.OperationalError as error:
-            if primary_code(error) == sqlite3.SQLITE_READONLY:
-                error.add_note(f"{self.path}: a snapshot() only reads; write in a transaction() after it")
+            if primary_code(error) == sqlite3.SQLITE_READONLY and not isinstance(error, OpenError):
+                error.add_note(f"{self.path}: in a snapshot(), its connection only reads")
             raise
         finally:
             # As in transaction(): methods that are C code. A signal's exception may strike right after the first one.
@@ -279,17 +279,18 @@ class DB:
             conn.execute("BEGIN")
         except sqlite3.OperationalError as error:
             error.add_note(
-                f"{self.path}: this thread is in a transaction(), a snapshot() or a BEGIN by hand already: use that"
+                f"{self.path}: this thread is in a transaction(), a snapshot(), or a BEGIN or SAVEPOINT by hand"
             )
             raise
 
     def _explain_read_only(self, conn: Connection, error: sqlite3.OperationalError) -> None:
         """Say why SQLite can't write. If it could open the file for reading only, have the connection replaced."""
-        if primary_code(error) != sqlite3.SQLITE_READONLY:
+        if primary_code(error) != sqlite3.SQLITE_READONLY or isinstance(error, OpenError):
             return
-        if self._state.file.read_only:
+        file = self._state.file
+        if file.read_only:
             error.add_note(f"{self.path}: this DB was opened with read_only=True")
-        elif _guard.has_one_to_read_only(self._state.file):
+        elif not _process.has_reader(file) and _guard.has_one_to_read_only(file):
             error.add_note(f"{self.path}: {NO_DESCRIPTORS}. This thread's next use of the DB opens another connection")
             conn.is_usable = False
 

@@ -42,16 +42,17 @@ NO_TRANSACTION = (
 # What is left in the old file's WAL would be written over the new file. And if another program has begun a new WAL
 # meanwhile, to remove that one destroys the program's commits: so every program is stopped first.
 _PUT_BACK = (
-    "put the file back, with its -wal if that was moved, too. Or stop every program that has it open, copy the -wal "
-    "and the -shm that are left away, remove these two, put a backup there (without one, the database begins empty), "
-    "and start again"
+    "stop every program that has it open, and copy away what is at the path now, with its -wal and -shm. Then put the "
+    "old file back, with the -wal that was beside it; or remove these, and put a backup there (without one, the "
+    "database begins empty). Then start again"
 )
 REPLACED = f"removed or replaced since this DB was opened: {_PUT_BACK}"
 STILL_OPEN = f"removed or replaced while this process has it open: {_PUT_BACK}"
 WAL_WITHOUT_FILE = (
-    "the file is gone or empty, but its -wal is still there, with the newest commits. Stop every program that has it "
-    "open. If you have that very file, moved or renamed, put it back. A backup is not that file: before a backup or a "
-    "new database comes here, move the -wal and the -shm away"
+    "the file is gone or empty, but its -wal is still there, maybe with the newest commits. Copy the -wal away, then "
+    "stop every program that has it open. If you have that very file, moved or renamed, put it back, and the copied "
+    "-wal if it is gone. A backup is not that file: before a backup or a new database comes here, remove the -wal and "
+    "the -shm"
 )
 NOT_A_DATABASE = 'not a SQLite database (if it was one, see "Damage" in the README before you do anything)'
 WAL_REMOVED = (
@@ -76,9 +77,9 @@ NO_DESCRIPTORS = (
 )
 # A WAL belongs to one file: what is left in the damaged file's WAL would be written over the backup.
 AFTER_DAMAGE = (
-    "stop every program that has it open; copy the file away, together with its -wal and -shm if they are there, "
-    "because the -wal has the newest commits; then remove these files here, and put a backup here, or what can be "
-    'salvaged from the copies (see "Damage" in the README)'
+    "stop every program that has it open; copy the file away, together with its -wal, -shm and -journal if they are "
+    "there, because the -wal has the newest commits; then remove these files here, and put a backup here, or what can "
+    'be salvaged from the copies (see "Damage" in the README)'
 )
 HOT_JOURNAL = "a killed process left a rollback journal, to be played back first: open it once without read_only"
 NO_INDEX = (
