@@ -592,24 +592,6 @@ class TestWhatIsLeftOfAnotherFile:
             with DB.open(path) as db:
                 assert count_in_a_thread(db) == 1
 
-    def test_who_removes_the_database_meanwhile_is_no_loss(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Another process closes its database and removes the file, between the looks at the -wal and at the file."""
-        path = tmp_path / "db"
-        is_empty = _place.File.is_empty
-
-        def remove(file: _place.File) -> bool:
-            for name in f"{path}-wal", path:
-                Path(name).unlink(missing_ok=True)
-            return is_empty(file)
-
-        make_killed(path)
-        with monkeypatch.context() as patch:
-            patch.setattr(_place.File, "is_empty", remove)
-            DB.open(path).close()
-        works(path)
-
     def test_an_empty_wal_is_no_obstacle(self, tmp_path: Path) -> None:
         an_empty_wal(tmp_path / "db")
         works(tmp_path / "db")

@@ -158,10 +158,9 @@ class File:
     def refuse_wal_alone(self) -> None:
         """Raise `OpenError` if there is a -wal beside no file, or an empty one: the first read would remove that -wal.
 
-        The -wal is looked at first, because who creates a database makes the file first; and last, because who removes
-        a database removes the -wal first.
+        The -wal is looked at first, because who creates a database makes the file first.
         """
-        if self.wal_size() and self.is_empty() and self.wal_size():
+        if self.wal_size() and self.is_empty():
             raise OpenError(self.path, WAL_WITHOUT_FILE)
 
     # Once SQLite has opened it
