@@ -106,10 +106,12 @@ class Guard:
 
         If somebody has emptied the file, a checkpoint would write a part of the pages only, and the WAL would be gone.
         """
-        if file.is_there() and file.is_empty():
+        if file.size() == 0:
             return False
+        if not self.is_lost(file):
+            return True
         nobody_has_committed = file.wal_id() is None or self.has_index(file) and not file.wal_size()
-        return not self.is_lost(file) or self.is_locked() and nobody_has_committed
+        return self.is_locked() and nobody_has_committed
 
     def _is_whole(self, file: File) -> bool:
         return self.has_wal(file) and self.has_index(file)

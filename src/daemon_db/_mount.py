@@ -17,25 +17,24 @@ _NETWORK = frozenset(
 
 def is_mount_point(path: str) -> bool:
     """Whether something is mounted at the path."""
-    lines = _lines()
-    name = b"/" + _escaped(os.path.basename(path))
-    if not any(_point(line).endswith(name) for line in lines):
+    mounts = _mounts()
+    if b"/" + _escaped(os.path.basename(path)) + b" " not in mounts:
         return False  # the usual case: to find out where links lead takes longer
     real_path = _escaped(os.path.realpath(path))
-    return _point(_mount_of(real_path, lines)) == real_path
+    return _point(_mount_of(real_path, mounts)) == real_path
 
 
 def network_file_system(path: str) -> str | None:
     """The name of the file system that the path lies in, if machines may share that. None, too, if nothing is known."""
-    line = _mount_of(_escaped(os.path.realpath(path)), _lines())
+    line = _mount_of(_escaped(os.path.realpath(path)), _mounts())
     name = os.fsdecode(line.partition(b" - ")[2].split(b" ", 1)[0])
     return name if name in _NETWORK else None
 
 
-def _mount_of(path: bytes, lines: list[bytes]) -> bytes:
+def _mount_of(path: bytes, mounts: bytes) -> bytes:
     """The line of the mount in which the path lies: the last one, because a later mount hides what was there."""
     found = b""
-    for line in lines:
+    for line in mounts.splitlines():
         if path == _point(line) or path.startswith(_point(line).rstrip(b"/") + b"/"):
             found = line
     return found
@@ -45,12 +44,12 @@ def _point(line: bytes) -> bytes:
     return line.split(b" ", 5)[4] if line else b""
 
 
-def _lines() -> list[bytes]:
+def _mounts() -> bytes:
     try:
         with open(_LIST, "rb", buffering=0) as file:
-            return file.readall().splitlines()
+            return file.readall()
     except OSError:
-        return []
+        return b""
 
 
 def _escaped(path: str) -> bytes:

@@ -160,7 +160,7 @@ class File:
 
         The -wal is looked at first, because who creates a database makes the file first.
         """
-        if self.wal_size() and self.is_empty():
+        if self.wal_size() and not self.size():
             raise OpenError(self.path, WAL_WITHOUT_FILE)
 
     # Once SQLite has opened it
@@ -204,12 +204,12 @@ class File:
         except OSError:
             return 0
 
-    def is_empty(self) -> bool:
-        """Whether the file has no bytes, or isn't there."""
+    def size(self) -> int | None:
+        """How many bytes are in the file itself; None if it isn't there."""
         try:
-            return os.stat(self.real_path).st_size == 0
-        except OSError as error:
-            return isinstance(error, FileNotFoundError)
+            return os.stat(self.real_path).st_size
+        except OSError:
+            return None
 
     def close(self) -> None:
         """Nothing to do: only `Memory` has something open."""

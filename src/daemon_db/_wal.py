@@ -52,7 +52,7 @@ def left_as_it_is(file: File) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         # To read another file would harm this process (see `open_another`), and to read an empty one removes the -wal.
-        if file.wal_size() and file.is_there() and not file.is_empty():
+        if file.wal_size() and file.is_there() and file.size():
             with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
                 reader = stack.enter_context(contextlib.closing(sqlite3.connect(file.uri("ro"), uri=True, timeout=0)))
                 reader.execute("SELECT 1 FROM sqlite_master").fetchone()
