@@ -70,7 +70,7 @@ def run_tests(changes: list[Change], *arguments: str) -> tuple[list[str], str]:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "--tb=short", *arguments],
             cwd=copy,
-            env=os.environ | {"PYTHONPATH": "src", "PYTHONDONTWRITEBYTECODE": ""},  # quicker, as the copy is new
+            env=os.environ | {"PYTHONPATH": "src"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
