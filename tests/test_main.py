@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import pty
@@ -43,7 +44,30 @@ from support import (
 )
 
 
-def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, cwd: Path = Path()) -> subprocess.CompletedProcess[str]:
+    """What `python -m daemon_db` does, done in this process: to start another one takes ten times as long."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(streams[0]),
+        contextlib.redirect_stderr(streams[1]),
+    ):
+        patch.setattr(sys, "argv", ["daemon_db", *map(str, arguments)])
+        try:
+            status = __main__.main()
+        except SystemExit as error:  # argparse's
+            status = int(error.code or 0)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    texts = [(stream.flush(), stream.buffer.getvalue().decode())[1] for stream in streams]  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(arguments, status, *texts)
+
+
+def in_a_process(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """What another process does: for its streams, its limits, signals, and the way from `-m` to the exit status."""
     defaults: dict[str, object] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.run(  # type: ignore[call-overload, no-any-return]
         [sys.executable, "-W", "error", "-m", "daemon_db", *map(str, arguments)],
@@ -70,7 +94,7 @@ SQLITE = sqlite3.sqlite_version + ('  (see "The WAL-reset bug" in the README)' i
 class TestWhatItFinds:
     def test_it_creates_a_database(self, tmp_path: Path) -> None:
         for opened in "opened         created\n", "":
-            done = command(tmp_path / "daemon.db")
+            done = in_a_process(tmp_path / "daemon.db")
             assert (done.returncode, done.stderr) == (0, "")
             assert done.stdout == (
                 f"path           {tmp_path / 'daemon.db'}\n"
@@ -239,7 +263,7 @@ class TestErrors:
         ],
     )
     def test_wrong_usage(self, arguments: list[str], message: str, tmp_path: Path) -> None:
-        done = command(*arguments, cwd=tmp_path)
+        done = (command if arguments else in_a_process)(*arguments, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
         *usage, error = done.stderr.splitlines()
         assert " ".join("".join(usage).split()) == (
@@ -273,7 +297,7 @@ class TestOlderFiles:
 class TestFailuresAsJson:
     @pytest.mark.parametrize("option", [[], ["--check"], ["--backup", "copy.db"]])
     def test_as_on_standard_error(self, option: list[str], tmp_path: Path) -> None:
-        done = command("--json", *option, "no/daemon.db", cwd=tmp_path)
+        done = in_a_process("--json", *option, "no/daemon.db", cwd=tmp_path)
         error = f"cannot open {tmp_path}/no/daemon.db: parent directory {tmp_path}/no does not exist"
         assert (done.returncode, done.stderr) == (1, f"daemon_db: {error}\n")
         assert json.loads(done.stdout) == {"path": f"{tmp_path}/no/daemon.db", "error": error}
@@ -362,7 +386,7 @@ class TestBackup:
     def test_who_may_read_it(self, umask: int, mode: int, copied: int, tmp_path: Path) -> None:
         make_wal(tmp_path / "daemon.db")
         (tmp_path / "daemon.db").chmod(mode)
-        command("--backup", tmp_path / "copy.db", tmp_path / "daemon.db", preexec_fn=lambda: os.umask(umask))
+        in_a_process("--backup", tmp_path / "copy.db", tmp_path / "daemon.db", preexec_fn=lambda: os.umask(umask))
         assert stat.S_IMODE((tmp_path / "copy.db").stat().st_mode) == copied
 
     @pytest.mark.parametrize(
@@ -461,7 +485,7 @@ class TestBackup:
         def limit() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
 
-        done = command("--backup", copy, path, preexec_fn=limit)
+        done = in_a_process("--backup", copy, path, preexec_fn=limit)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == f"daemon_db: cannot copy {path} to {copy}: disk I/O error\n"
         assert files_in(tmp_path) == before
@@ -535,7 +559,7 @@ class TestWhereItCannotBeSaid:
         if not os.path.exists("/dev/full"):
             pytest.skip("no /dev/full; the next test is the same with a pipe")
         with open("/dev/full", "w") as full:
-            done = command(tmp_path / "daemon.db", stdout=full)
+            done = in_a_process(tmp_path / "daemon.db", stdout=full)
         words = f"daemon_db: cannot write to standard output: {os.strerror(errno.ENOSPC)}\n"
         assert (done.returncode, done.stderr) == (1, words)
 
@@ -543,7 +567,7 @@ class TestWhereItCannotBeSaid:
         reader, writer = os.pipe()
         os.close(reader)
         try:
-            done = command(tmp_path / "daemon.db", stdout=writer)
+            done = in_a_process(tmp_path / "daemon.db", stdout=writer)
         finally:
             os.close(writer)
         words = f"daemon_db: cannot write to standard output: {os.strerror(errno.EPIPE)}\n"
@@ -560,7 +584,7 @@ class TestWhereItCannotBeSaid:
 
     def test_no_standard_error_for_a_failure(self, tmp_path: Path) -> None:
         """It must not go to standard output, where somebody reads a report."""
-        done = command(tmp_path / "no" / "db", preexec_fn=lambda: os.close(2), stderr=None)
+        done = in_a_process(tmp_path / "no" / "db", preexec_fn=lambda: os.close(2), stderr=None)
         assert (done.returncode, done.stdout) == (1, "")
 
     def test_no_standard_error(self, tmp_path: Path) -> None:
