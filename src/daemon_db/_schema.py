@@ -22,8 +22,9 @@ from typing import NamedTuple
 
 from .errors import OpenError, SchemaError, primary_code
 
-# Not by importlib.resources, which takes as long to import as all else that is imported here.
-SQL = (pkgutil.get_data(__package__, "schema.sql") or b"").decode()
+# Not by importlib.resources, which takes as long to import as all else here. A loader that has no data gives None, and
+# that is an error here.
+SQL = str(pkgutil.get_data(__package__, "schema.sql"), "utf-8")  # type: ignore[arg-type]
 
 # As a blob, because text in there needn't be UTF-8.
 _WHOLE_TEXT = """
