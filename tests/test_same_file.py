@@ -12,7 +12,18 @@ import pytest
 
 from daemon_db import DB, OpenError, _opening, _place, _process
 from daemon_db.errors import TWO_NAMES, WAL_WITHOUT_FILE
-from support import LIMIT, append_event, files_in, in_thread, insert_run, make_wal, open_files, rounds, run, wait_for
+from support import (
+    LIMIT,
+    append_event,
+    files_in,
+    in_thread,
+    insert_run,
+    make_wal,
+    open_files,
+    rounds,
+    run,
+    wait_for,
+)
 
 GONE = "removed or replaced since this DB was opened"
 STILL_OPEN = "removed or replaced while this process has it open: stop every program"
@@ -467,10 +478,20 @@ def test_no_other_connection_to_an_emptied_file_removes_the_wal(
                 DB.open(file, **options)
         with pytest.raises(OpenError, match=WAL_WITHOUT_FILE):
             in_thread(lambda: db.conn)
+        with pytest.raises(OpenError, match=WAL_WITHOUT_FILE), db.transaction():
+            raise AssertionError
         assert (file.stat().st_size, Path(f"{file}-wal").read_bytes()) == (0, wal)
         reader.close()
         assert Path(f"{file}-wal").read_bytes() == wal
     assert (file.stat().st_size, Path(f"{file}-wal").read_bytes()) == (0, wal)  # nor does the last close write a part
+
+
+def test_a_commit_in_a_file_that_was_emptied_in_the_block_is_not_acknowledged(file: Path) -> None:
+    with DB.open(file) as db:
+        with pytest.raises(OpenError, match=WAL_WITHOUT_FILE), db.transaction() as conn:
+            insert_run(conn)
+            os.truncate(file, 0)
+        assert not db.conn.in_transaction
 
 
 def test_an_emptied_file_is_got_back_as_the_words_say(file: Path) -> None:

@@ -174,16 +174,28 @@ class File:
 
     def is_there(self) -> bool:
         """Whether the path still is the file that was opened. A link must still lead to where the WAL is, too."""
-        return find_id(self.path) == self.id and (self.real_path == self.path or find_id(self.real_path) == self.id)
+        return self._is(status_of(self.path))
+
+    def _is(self, status: os.stat_result | None) -> bool:
+        return status is not None and (
+            (status.st_dev, status.st_ino) == self.id
+            and (self.real_path == self.path or find_id(self.real_path) == self.id)
+        )
 
     def network_file_system(self) -> str | None:
         """The name of the file system, if machines may share it."""
         return network_file_system(self.real_path)
 
     def refuse_replaced(self) -> None:
-        """Raise `OpenError` if another file, or none, is at the path now: nobody else sees the one that is open."""
-        if not self.is_there():
+        """Raise `OpenError` if another file, or none, is at the path now: nobody else sees the one that is open.
+
+        And if the file was emptied: in its WAL are some of its pages only.
+        """
+        status = status_of(self.path)
+        if status is None or not self._is(status):
             raise OpenError(self.path, REPLACED)
+        if not status.st_size:
+            raise OpenError(self.path, WAL_WITHOUT_FILE if self.wal_size() else REPLACED)
 
     def wal_id(self) -> FileId | None:
         """The -wal, if there is one: of a process that has the file open now, or of one that was killed."""
@@ -199,17 +211,13 @@ class File:
 
     def wal_size(self) -> int:
         """How many bytes are in the WAL."""
-        try:
-            return os.stat(f"{self.real_path}-wal").st_size
-        except OSError:
-            return 0
+        status = status_of(f"{self.real_path}-wal")
+        return status.st_size if status else 0
 
     def size(self) -> int | None:
         """How many bytes are in the file itself; None if it isn't there."""
-        try:
-            return os.stat(self.real_path).st_size
-        except OSError:
-            return None
+        status = status_of(self.real_path)
+        return status.st_size if status else None
 
     def close(self) -> None:
         """Nothing to do: only `Memory` has something open."""
@@ -300,6 +308,8 @@ class Memory(File):
     def is_there(self) -> bool:
         return True
 
+    def refuse_replaced(self) -> None: ...
+
     def wal_id(self) -> None: ...
 
     def wal_size(self) -> int:
@@ -335,11 +345,16 @@ def locate(path: str | os.PathLike[str], read_only: bool, create: bool = True) -
 
 def find_id(path: str | int) -> FileId | None:
     """Which file is at the path, or open at the descriptor. None if there is none."""
+    status = status_of(path)
+    return (status.st_dev, status.st_ino) if status else None
+
+
+def status_of(path: str | int) -> os.stat_result | None:
+    """The operating system's answer. None if there is no file."""
     try:
-        status = os.stat(path)
+        return os.stat(path)
     except OSError:
         return None
-    return status.st_dev, status.st_ino
 
 
 def _exists(path: str) -> bool:  # os.path.exists() takes twice as long

@@ -50,9 +50,9 @@ REPLACED = f"removed or replaced since this DB was opened: {_PUT_BACK}"
 STILL_OPEN = f"removed or replaced while this process has it open: {_PUT_BACK}"
 WAL_WITHOUT_FILE = (
     "the file is gone or empty, but its -wal is still there, maybe with the newest commits. Copy the -wal away, then "
-    "stop every program that has it open. If you have that very file, moved or renamed, put it back, and the copied "
-    "-wal if it is gone. A backup is not that file: before a backup or a new database comes here, remove the -wal and "
-    "the -shm"
+    "stop every program that has it open. If the file was moved, put it back; if the -wal is gone then, put its copy "
+    "back, too. If the file was emptied, keep the copy, and put a backup here. Before a backup or a new database comes "
+    "here, remove the -wal and the -shm"
 )
 NOT_A_DATABASE = 'not a SQLite database (if it was one, see "Damage" in the README before you do anything)'
 WAL_REMOVED = (
