@@ -239,6 +239,15 @@ class TestErrors:
                 f"units: extra unique constraint ({spare('units')}), by the index one\n"
             )
 
+    def test_a_working_directory_that_is_gone(self, tmp_path: Path) -> None:
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        code = "import os, sys\nfrom daemon_db import __main__\nos.rmdir(os.getcwd())\nsys.exit(__main__.main())"
+        process = start(code, "--json", "daemon.db", cwd=gone)
+        words = f"cannot open daemon.db: the working directory: {os.strerror(errno.ENOENT)}"
+        output, errors = end(process)
+        assert (json.loads(output), errors) == ({"path": "daemon.db", "error": words}, f"daemon_db: {words}\n")
+
     def test_a_name_of_two_lines(self, tmp_path: Path) -> None:
         done = command(tmp_path / "no" / "two\nlines")
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)

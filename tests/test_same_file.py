@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, OpenError, _opening, _place, _process
+from daemon_db import DB, OpenError, _guard, _opening, _place, _process
 from daemon_db.errors import TWO_NAMES, WAL_WITHOUT_FILE
 from support import (
     LIMIT,
@@ -609,3 +609,26 @@ def test_two_hard_links(tmp_path: Path) -> None:
         insert_run(db.conn, "run-3")
     with DB.open(tmp_path / "other.db") as db:
         assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (3,)
+
+
+LOOK = """
+import sqlite3, sys
+
+conn = sqlite3.connect(sys.argv[1])
+conn.execute("SELECT * FROM runs").fetchall()
+conn.close()
+"""
+
+
+@pytest.mark.skipif(_guard._SETLK is None, reason="this system has no locks of open file descriptions")
+def test_another_db_of_the_file_that_comes_and_goes_leaves_the_lock(file: Path) -> None:
+    """Also where the process has opened other files meanwhile. Else the next program removes the WAL."""
+    with DB.open(file) as db:
+        insert_run(db.conn)
+        with DB.open(file.with_name("other.db")):
+            DB.open(file).close()
+        with open(file, "rb"):  # to close it drops SQLite's locks
+            pass
+        run(LOOK, file)
+        with db.transaction() as conn:
+            append_event(conn)
