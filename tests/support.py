@@ -4,10 +4,8 @@
 README's table, which takes minutes. Without it the same tests run for a moment each.
 """
 
-import atexit
 import fcntl
 import functools
-import json
 import os
 import random
 import shutil
@@ -389,45 +387,9 @@ CHANGES = ["setuid", "seteuid"] if os.geteuid() == 0 else ["as it is"]
 """How root becomes a user to whom something is forbidden."""
 
 
-FORK_FOR_EACH = f"""
-import json, signal
-{UNPRIVILEGED}
-signal.alarm(0)
-for line in sys.stdin:
-    code, arguments = json.loads(line)
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        signal.alarm({LIMIT})
-        os.dup2(write, 1)
-        os.dup2(write, 2)
-        sys.argv[2:] = arguments
-        exec(code)
-        sys.exit()
-    os.close(write)
-    with open(read, encoding="utf-8", errors="surrogateescape") as output:
-        said = output.read()
-    print(json.dumps([said, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]), flush=True)
-"""
-
-
-@functools.cache
-def _unprivileged(change: str) -> subprocess.Popen[str]:
-    """A process that is forked for each code that it is to run, because to start one for each takes longer."""
-    process = start(FORK_FOR_EACH, change, stderr=None)
-    atexit.register(end, process)
-    return process
-
-
 def run_unprivileged(code: str, *arguments: object, change: str = "setuid") -> str:
     """Run Python on `code` as a user with no rights but everybody's, or else as the one who runs the tests."""
-    process = _unprivileged(change)
-    process.stdin.write(json.dumps([code, list(map(str, arguments))]) + "\n")
-    process.stdin.flush()
-    output, status = json.loads(process.stdout.readline())
-    if status != 0:
-        raise AssertionError(f"exit status {status}\n{output}")
-    return str(output)
+    return run(UNPRIVILEGED + code, change, *arguments)
 
 
 # Threads
