@@ -4,12 +4,12 @@ import os
 import signal
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from daemon_db import _schema
-from support import FIRST, use_schema
+from support import CHANGES, FIRST, unprivileged, use_schema
 
 # A shell without job control starts what is to run in the background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,3 +29,10 @@ def first_schema() -> Iterator[None]:
     use_schema(FIRST)
     yield
     use_schema(shipped)
+
+
+@pytest.fixture(scope="module", params=CHANGES)
+def run_unprivileged(request: pytest.FixtureRequest) -> Iterator[Callable[..., str]]:
+    """Runs Python code as a user to whom something is forbidden: one process for all tests of a module."""
+    with unprivileged(request.param) as run:
+        yield run

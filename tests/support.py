@@ -6,6 +6,7 @@ README's table, which takes minutes. Without it the same tests run for a moment 
 
 import fcntl
 import functools
+import json
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -224,6 +225,49 @@ def end(process: subprocess.Popen[str]) -> tuple[str, str]:
         process.wait(LIMIT)
 
 
+_WORKER = """
+for line in sys.stdin:
+    signal.alarm(LIMIT)
+    code, *sys.argv[1:] = json.loads(line)
+    printed, failure = io.StringIO(), None
+    with contextlib.redirect_stdout(printed):
+        try:
+            exec(code, dict(globals()))
+        except BaseException:
+            failure = traceback.format_exc()
+    print(json.dumps([printed.getvalue(), failure]), flush=True)
+    signal.alarm(0)
+"""
+
+
+@contextmanager
+def worker(prologue: str, *arguments: object, **options: object) -> Iterator[Callable[..., str]]:
+    """Start Python on `prologue`, and let it go on: yields a `run` for code there, which sees what `prologue` defines.
+
+    For many short cases: to start a process takes longer than most of them. What one leaves, the next one finds.
+    """
+    imports = "import contextlib, io, json, signal, sys, traceback\n"  # first: `prologue` may make them impossible
+    process = start(imports + prologue + _WORKER.replace("LIMIT", str(LIMIT)), *arguments, **options)
+
+    def run_there(code: str, *arguments: object) -> str:
+        process.stdin.write(json.dumps([code, *map(str, arguments)]) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        if not answer:
+            raise AssertionError(f"it ended\n{end(process)[1]}")
+        printed, failure = json.loads(answer)
+        if failure is not None:
+            raise AssertionError(f"{failure}\n{printed}")
+        return str(printed)
+
+    try:
+        yield run_there
+    finally:
+        outcome = *end(process), process.returncode
+    if outcome != ("", "", 0):
+        raise AssertionError(outcome)
+
+
 def began_and_done(lines: str) -> tuple[list[int], list[int]]:
     """The numbers of what a process began and of what it had done."""
     said = [line.split() for line in lines.splitlines()]
@@ -387,9 +431,9 @@ CHANGES = ["setuid", "seteuid"] if os.geteuid() == 0 else ["as it is"]
 """How root becomes a user to whom something is forbidden."""
 
 
-def run_unprivileged(code: str, *arguments: object, change: str = "setuid") -> str:
-    """Run Python on `code` as a user with no rights but everybody's, or else as the one who runs the tests."""
-    return run(UNPRIVILEGED + code, change, *arguments)
+def unprivileged(change: str = "setuid") -> AbstractContextManager[Callable[..., str]]:
+    """A `worker` of a user with no rights but everybody's, or else of the one who runs the tests."""
+    return worker(UNPRIVILEGED, change)
 
 
 # Threads

@@ -22,7 +22,6 @@ import pytest
 from daemon_db import DB, OpenError, _connection, _place, _wal
 from daemon_db.errors import NOT_A_DATABASE, WAL_WITHOUT_FILE
 from support import (
-    CHANGES,
     LIMIT,
     files_in,
     in_thread,
@@ -35,7 +34,6 @@ from support import (
     open_files,
     public_directory,
     run,
-    run_unprivileged,
     something_is_forbidden,
 )
 
@@ -373,7 +371,7 @@ def public() -> Iterator[Path]:
 
 OPEN_AND_INSERT = """
 try:
-    with daemon_db.DB.open(sys.argv[2]) as db:
+    with daemon_db.DB.open(sys.argv[1]) as db:
         db.conn.execute("DELETE FROM runs")
 except daemon_db.OpenError as error:
     print(error.reason)
@@ -387,7 +385,6 @@ DIRECTORY_FORBIDDEN = "permission denied: directory {parent} is not writable by 
 
 
 @pytest.mark.skipif(not something_is_forbidden(), reason="root can't become another user here")
-@pytest.mark.parametrize("change", CHANGES)
 class TestForbidden:
     """The effective user's permissions count, as they do for SQLite; the real user's may be more."""
 
@@ -414,7 +411,7 @@ class TestForbidden:
         mode: int | None,
         directory_mode: int,
         reason: str,
-        change: str,
+        run_unprivileged: Callable[..., str],
         public: Path,
     ) -> None:
         path = public / "directory" / "db"
@@ -424,20 +421,20 @@ class TestForbidden:
         if mode is not None:
             path.chmod(mode)
         path.parent.chmod(directory_mode)
-        output = run_unprivileged(OPEN_AND_INSERT, path, change=change)
+        output = run_unprivileged(OPEN_AND_INSERT, path)
         path.parent.chmod(0o755)
         if mode is not None:
             path.chmod(0o644)
         assert output == f"{reason.format(parent=path.parent)}\n"
         assert files_in(public) == before
 
-    def test_a_directory_further_up(self, change: str, public: Path) -> None:
+    def test_a_directory_further_up(self, run_unprivileged: Callable[..., str], public: Path) -> None:
         """Nobody can say what is in there: so the reason is not that the database's own directory isn't writable."""
         path = public / "closed" / "directory" / "db"
         path.parent.mkdir(parents=True)
         path.parent.chmod(0o777)
         path.parent.parent.chmod(0o000)
-        output = run_unprivileged(OPEN_AND_INSERT, path, change=change)
+        output = run_unprivileged(OPEN_AND_INSERT, path)
         path.parent.parent.chmod(0o755)
         assert output == f"parent directory {path.parent}: {os.strerror(errno.EACCES)}\n"
         assert files_in(path.parent) == {}
@@ -445,7 +442,7 @@ class TestForbidden:
     @pytest.mark.parametrize(("make", "suffix"), [(make_killed, "-wal"), (make_killed, "-shm"), (make_hot, "-journal")])
     @pytest.mark.parametrize("mode", [0o444, 0o222, 0o000], ids=oct)
     def test_a_file_beside_it(
-        self, make: Callable[[Path], object], suffix: str, mode: int, change: str, public: Path
+        self, make: Callable[[Path], object], suffix: str, mode: int, run_unprivileged: Callable[..., str], public: Path
     ) -> None:
         """SQLite opens the file all the same, and then every write fails; or can't say what it can't open."""
         path = public / "directory" / "db"
@@ -456,13 +453,15 @@ class TestForbidden:
             file.chmod(0o666)
         Path(f"{path}{suffix}").chmod(mode)
         path.parent.chmod(0o777)
-        output = run_unprivileged(OPEN_AND_INSERT, path, change=change)
+        output = run_unprivileged(OPEN_AND_INSERT, path)
         for file in path.parent.iterdir():
             file.chmod(0o644)
         assert output == f"{BESIDE_FORBIDDEN.format(path=path) % suffix}\n"
         assert files_in(public) == before
 
-    def test_beside_a_daemon_the_directory_need_not_be_writable(self, change: str, public: Path) -> None:
+    def test_beside_a_daemon_the_directory_need_not_be_writable(
+        self, run_unprivileged: Callable[..., str], public: Path
+    ) -> None:
         """Its WAL is there, and stays there."""
         path = public / "directory" / "db"
         path.parent.mkdir()
@@ -471,19 +470,21 @@ class TestForbidden:
             for file in path.parent.iterdir():
                 file.chmod(0o666)
             path.parent.chmod(0o555)
-            assert run_unprivileged(OPEN_AND_INSERT, path, change=change) == "opened\n"
+            assert run_unprivileged(OPEN_AND_INSERT, path) == "opened\n"
             path.parent.chmod(0o755)
             assert daemon.conn.execute("SELECT count(*) FROM runs").fetchone() == (0,)
 
     @pytest.mark.parametrize("make", [make_wal, make_rollback, make_killed, make_hot])
-    def test_what_is_allowed(self, make: Callable[[Path], object], change: str, public: Path) -> None:
+    def test_what_is_allowed(
+        self, make: Callable[[Path], object], run_unprivileged: Callable[..., str], public: Path
+    ) -> None:
         path = public / "directory" / "db"
         path.parent.mkdir()
         make(path)
         for file in path.parent.iterdir():
             file.chmod(0o666)
         path.parent.chmod(0o777)
-        assert run_unprivileged(OPEN_AND_INSERT, path, change=change) == "opened\n"
+        assert run_unprivileged(OPEN_AND_INSERT, path) == "opened\n"
 
 
 def test_a_wal_that_comes_and_goes_is_not_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
