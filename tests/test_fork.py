@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support import rounds, run, something_is_forbidden
+from support import files_in, rounds, run, something_is_forbidden
 
 PROLOGUE = """
 import gc, os, signal, sqlite3, sys, threading, warnings
@@ -16,7 +16,6 @@ from support import LIMIT, append_event, in_thread, insert_run, insertion, join,
 from daemon_db import DB, OpenError
 
 warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
-path, leave = sys.argv[1], {"sys.exit": sys.exit, "os._exit": os._exit}[sys.argv[2]]
 
 def refused(use, error, words):
     try:
@@ -44,16 +43,23 @@ def fill(conn):
 """
 
 
-@pytest.fixture(params=["sys.exit", "os._exit"])
-def leave(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+IN_EACH_WAY = """
+for leave in WAYS:
+    path = os.path.join(sys.argv[1], leave.__name__, "daemon.db")
+    os.mkdir(os.path.dirname(path))
+    print(path, flush=True)
+"""
 
 
-def run_forking(code: str, path: Path, leave: str) -> None:
-    run(PROLOGUE + textwrap.dedent(code), path, leave)
+def run_forking(code: str, directory: Path, ways: str = "sys.exit, os._exit") -> None:
+    """Run `code` with each way in which a child may `leave`, with Python's end or without, and with a file for each.
+
+    If it fails, the path that was printed last says in which way.
+    """
+    run(PROLOGUE + IN_EACH_WAY.replace("WAYS", ways) + textwrap.indent(textwrap.dedent(code), "    "), directory)
 
 
-def test_the_child_is_refused_and_the_parent_goes_on(leave: str, tmp_path: Path) -> None:
+def test_the_child_is_refused_and_the_parent_goes_on(tmp_path: Path) -> None:
     run_forking(
         """
         with DB.open(path) as db:
@@ -73,13 +79,12 @@ def test_the_child_is_refused_and_the_parent_goes_on(leave: str, tmp_path: Path)
                 append_event(conn)
             assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         """,
-        tmp_path / "daemon.db",
-        leave,
+        tmp_path,
     )
-    assert [name.name for name in tmp_path.iterdir()] == ["daemon.db"]
+    assert sorted(files_in(tmp_path)) == ["_exit", "_exit/daemon.db", "exit", "exit/daemon.db"]
 
 
-def test_a_child_can_not_commit_the_parents_transaction(leave: str, tmp_path: Path) -> None:
+def test_a_child_can_not_commit_the_parents_transaction(tmp_path: Path) -> None:
     run_forking(
         """
         with DB.open(path) as db:
@@ -95,13 +100,12 @@ def test_a_child_can_not_commit_the_parents_transaction(leave: str, tmp_path: Pa
             check(child)
             assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1,)
         """,
-        tmp_path / "daemon.db",
-        leave,
+        tmp_path,
     )
 
 
 @pytest.mark.parametrize("dropped", ["kept", "dropped"])
-def test_a_transaction_of_the_forking_thread_survives_the_child(dropped: str, leave: str, tmp_path: Path) -> None:
+def test_a_transaction_of_the_forking_thread_survives_the_child(dropped: str, tmp_path: Path) -> None:
     """Were the child to free the connection, it would roll back in the memory that it shares with the parent."""
     run_forking(
         f"""
@@ -121,12 +125,11 @@ def test_a_transaction_of_the_forking_thread_survives_the_child(dropped: str, le
         assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1000,)
         db.close()
         """,
-        tmp_path / "daemon.db",
-        leave,
+        tmp_path,
     )
 
 
-def test_a_transaction_of_another_thread_survives_the_child(leave: str, tmp_path: Path) -> None:
+def test_a_transaction_of_another_thread_survives_the_child(tmp_path: Path) -> None:
     run_forking(
         """
         filled, forked = threading.Event(), threading.Event()
@@ -154,12 +157,11 @@ def test_a_transaction_of_another_thread_survives_the_child(leave: str, tmp_path
             join(thread)
             assert worked
         """,
-        tmp_path / "daemon.db",
-        leave,
+        tmp_path,
     )
 
 
-def test_the_child_may_not_open_the_same_file_while_the_parent_has_it_open(leave: str, tmp_path: Path) -> None:
+def test_the_child_may_not_open_the_same_file_while_the_parent_has_it_open(tmp_path: Path) -> None:
     """It would get no locks on it: the parent's close would remove the WAL, with what the child commits after it."""
     run_forking(
         """
@@ -185,12 +187,11 @@ def test_the_child_may_not_open_the_same_file_while_the_parent_has_it_open(leave
             check(child)
             insert_run(db.conn)
         """,
-        tmp_path / "daemon.db",
-        leave,
+        tmp_path,
     )
 
 
-def test_the_child_may_open_what_the_parent_has_closed(leave: str, tmp_path: Path) -> None:
+def test_the_child_may_open_what_the_parent_has_closed(tmp_path: Path) -> None:
     run_forking(
         """
         with DB.open(path) as db:
@@ -203,12 +204,11 @@ def test_the_child_may_open_what_the_parent_has_closed(leave: str, tmp_path: Pat
         with DB.open(path) as db:
             assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1,)
         """,
-        tmp_path / "daemon.db",
-        leave,
+        tmp_path,
     )
 
 
-def test_a_memory_database_is_refused_to_the_child_too(leave: str, tmp_path: Path) -> None:
+def test_a_memory_database_is_refused_to_the_child_too(tmp_path: Path) -> None:
     run_forking(
         """
         with DB.open(":memory:") as db:
@@ -221,12 +221,11 @@ def test_a_memory_database_is_refused_to_the_child_too(leave: str, tmp_path: Pat
             check(child)
             assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (1,)
         """,
-        tmp_path / "daemon.db",
-        leave,
+        tmp_path,
     )
 
 
-def test_a_fork_in_the_middle_of_opening(leave: str, tmp_path: Path) -> None:
+def test_a_fork_in_the_middle_of_opening(tmp_path: Path) -> None:
     """By another thread, when SQLite is about to open the file, has opened it, and has been asked for the first time.
 
     Those moments are Python's audit events, and `on_connect`.
@@ -269,8 +268,7 @@ def test_a_fork_in_the_middle_of_opening(leave: str, tmp_path: Path) -> None:
             leave(0)
         check(child)
         """,
-        tmp_path / "daemon.db",
-        leave,
+        tmp_path,
     )
 
 
@@ -300,7 +298,7 @@ def test_no_child_slips_through_while_another_thread_opens_and_closes(tmp_path: 
         counts, ended, refusals = [], threading.Event(), 0
         thread = threading.Thread(target=open_and_close, daemon=True)
         thread.start()
-        for number in range({rounds(100, 5000)}):
+        for number in range({rounds(40, 5000)}):
             if not (child := fork()):
                 if has_a_descriptor():
                     refused(lambda: DB.open(path), OpenError, "forked while its parent had the file open")
@@ -316,12 +314,12 @@ def test_no_child_slips_through_while_another_thread_opens_and_closes(tmp_path: 
             assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (len(counts),)
             assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         """,
-        tmp_path / "daemon.db",
-        "os._exit",
+        tmp_path,
+        ways="os._exit,",
     )
 
 
-def test_forks_while_other_threads_use_the_db(leave: str, tmp_path: Path) -> None:
+def test_forks_while_other_threads_use_the_db(tmp_path: Path) -> None:
     """Each child is refused; the parent's threads notice nothing."""
     run_forking(
         f"""
@@ -338,7 +336,7 @@ def test_forks_while_other_threads_use_the_db(leave: str, tmp_path: Path) -> Non
             threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
             for thread in threads:
                 thread.start()
-            for _ in range({rounds(10, 2000)}):
+            for _ in range({rounds(5, 2000)}):
                 if not (child := fork()):
                     refused(lambda: db.conn, sqlite3.ProgrammingError, "open a new DB in the child")
                     refused(lambda: db.transaction().__enter__(), sqlite3.ProgrammingError, "fork()")
@@ -352,13 +350,12 @@ def test_forks_while_other_threads_use_the_db(leave: str, tmp_path: Path) -> Non
             assert sorted(sequences) == list(range(1, len(sequences) + 1))
             assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         """,
-        tmp_path / "daemon.db",
-        leave,
+        tmp_path,
     )
 
 
 @pytest.mark.skipif(not something_is_forbidden(), reason="root can't become another user here")
-def test_a_fork_that_the_system_refuses_changes_nothing(leave: str, tmp_path: Path) -> None:
+def test_a_fork_that_the_system_refuses_changes_nothing(tmp_path: Path) -> None:
     run_forking(
         """
         import resource
@@ -381,6 +378,5 @@ def test_a_fork_that_the_system_refuses_changes_nothing(leave: str, tmp_path: Pa
                 leave(0)
             check(child)
         """,
-        tmp_path / "daemon.db",
-        leave,
+        tmp_path,
     )
