@@ -184,13 +184,13 @@ with DB.open(path) as db:
 
 
 def test_close_while_eight_threads_work(tmp_path: Path) -> None:
-    run(CLOSE_WHILE_EIGHT_THREADS_WORK, tmp_path / "daemon.db", rounds(20, 1000), 1)
+    run(CLOSE_WHILE_EIGHT_THREADS_WORK, tmp_path / "daemon.db", rounds(8, 1000), 1)
     assert os.listdir(tmp_path) == ["daemon.db"]
 
 
 def test_eight_threads_close_at_once(path: str) -> None:
     before = open_files()
-    for _ in range(rounds(20, 2000)):
+    for _ in range(rounds(8, 2000)):
         db = DB.open(path)
         barrier = threading.Barrier(8)
 
