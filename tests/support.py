@@ -4,8 +4,10 @@
 README's table, which takes minutes. Without it the same tests run for a moment each.
 """
 
+import atexit
 import fcntl
 import functools
+import gc
 import json
 import os
 import random
@@ -17,11 +19,12 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from daemon_db import DB, _schema
 
@@ -268,6 +271,118 @@ def worker(prologue: str, *arguments: object, **options: object) -> Iterator[Cal
         raise AssertionError(outcome)
 
 
+class Fork:
+    """Python on `code` in a process that is forked off this one, which must have no other thread and no database open.
+
+    It is a tenth of the work of `start`: nothing is imported again. Like what `start` returns, it has `stdin`, `stdout`
+    and `returncode`, is for `end`, and ends after `LIMIT` seconds.
+    """
+
+    _open: "list[Fork]" = []
+
+    def __init__(self, code: str, *arguments: object) -> None:
+        sys.stdout.flush()  # else both would write what is still to be written
+        their_input, our_input = os.pipe()
+        our_output, their_output = os.pipe()
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        self.stdin, self.stdout = open(our_input, "w", encoding="utf-8"), open(our_output, encoding="utf-8")
+        self._open.append(self)
+        if self.pid == 0:
+            signal.alarm(LIMIT)
+            for number, descriptor in enumerate((their_input, their_output, self._errors.fileno())):
+                os.dup2(descriptor, number)
+            for each in self._open:
+                each._close()  # else nobody's standard input would come to its end
+        os.close(their_input)
+        os.close(their_output)
+        if self.pid == 0:
+            sys.argv[1:] = map(str, arguments)
+            self._execute(code)
+
+    def _execute(self, code: str) -> None:
+        """As a program, to the end of the process.
+
+        Of the interpreter's end, there is what this program has brought about: what was registered for it is done, and
+        the program's objects are freed. To free all that was there before the fork, too, takes longer than all else.
+        """
+        variables = dict(vars(sys.modules["__main__"]))
+        status = 1
+        try:
+            exec(code, variables)
+            status = 0
+        except SystemExit as error:
+            status = int(error.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            atexit._run_exitfuncs()
+            variables.clear()
+            gc.collect()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _close(self) -> None:
+        for file in self.stdin, self.stdout, self._errors:
+            file.close()
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        self.stdin.close()
+        output = self.stdout.read()
+        self.wait(timeout)
+        self._errors.seek(0)
+        errors = self._errors.read()
+        self._close()
+        self._open.remove(self)
+        return output, errors
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self, timeout: float) -> None:
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+FORKS = """
+import gc, json, sys
+from support import Fork, end
+
+signal.alarm(0)  # each fork has an alarm of its own; this one ends when its standard input does
+exec(sys.argv.pop())
+gc.freeze()  # what a fork collects is its own
+while line := sys.stdin.readline():
+    process = Fork(*json.loads(line))
+    print(json.dumps([*end(process), process.returncode]), flush=True)
+"""
+
+
+class Forks:
+    """A process to fork others off: for many that one after another would import the same, or execute `beforehand`."""
+
+    def __init__(self, beforehand: str = "", start: Callable[..., Any] = start) -> None:
+        self._process = start(FORKS, beforehand)
+
+    def run(self, code: str, *arguments: object) -> str:
+        """As `run`."""
+        self._process.stdin.write(json.dumps([code, *map(str, arguments)]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise AssertionError(end(self._process))
+        output, errors, status = json.loads(answer)
+        if (status, errors) != (0, ""):
+            raise AssertionError(f"exit status {status}\n{errors}\n{output}")
+        return str(output)
+
+    def close(self) -> None:
+        if (outcome := end(self._process)) != ("", ""):
+            raise AssertionError(outcome)
+
+
 def began_and_done(lines: str) -> tuple[list[int], list[int]]:
     """The numbers of what a process began and of what it had done."""
     said = [line.split() for line in lines.splitlines()]
@@ -288,8 +403,8 @@ def kill_at_random(code: str, *arguments: object) -> tuple[list[int], list[int]]
 
 
 OPEN_AND_DIE = """
-import itertools, os, resource, shutil, signal, sys
-from daemon_db import DB
+import gc, itertools, os, resource, shutil, signal, sys
+from daemon_db import DB, _schema
 from daemon_db._connection import Connection
 
 directory, template, where = sys.argv[1:4]
@@ -309,6 +424,16 @@ def die(_):
     statements_left -= 1
 
 
+def was_killed(number, child):
+    _, status = os.waitpid(child, 0)
+    assert status == 0 or os.waitstatus_to_exitcode(status) in (-signal.SIGKILL, -signal.SIGXFSZ), status
+    print(number, flush=True)
+    return status != 0
+
+
+_schema.expected()  # once, not in each child
+gc.freeze()
+before = None  # two at a time
 for number, moment in enumerate(moments):
     path = f"{directory}/{number}.db"
     if template:
@@ -325,13 +450,32 @@ for number, moment in enumerate(moments):
             Connection.__init__ = connect_traced
         db = DB.open(path)
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if status == 0:
+    if before and not was_killed(*before):
+        os.waitpid(child, 0)
         break
-    assert os.waitstatus_to_exitcode(status) in (-signal.SIGKILL, -signal.SIGXFSZ), status
-print(number)
+    before = number, child
+else:
+    was_killed(*before)
 """
-"""Opens copies of a database; each open is killed a moment later than the one before. Prints how many were."""
+"""Opens copies of a database; each open is killed a moment later than the one before, the last one at its end.
+
+Prints which ones, each as soon as it is.
+"""
+
+
+def opened_and_killed(directory: Path, template: Path | None, where: str, **options: object) -> Iterator[Path]:
+    """Copies of a database; a process that opened one was killed a moment later than the one before.
+
+    The last one has opened it, and has ended without a close.
+    """
+    process = start(OPEN_AND_DIE, directory, template or "", where, **options)
+    try:
+        for number in process.stdout:
+            yield directory / f"{int(number)}.db"
+    finally:
+        outcome = end(process)
+    if (outcome, process.returncode) != (("", ""), 0):
+        raise AssertionError(outcome)
 
 
 WAIT = """
@@ -344,28 +488,43 @@ def wait():
 """
 
 
+TOGETHER = """
+import gc, json, sys
+from daemon_db import _schema
+from support import Fork, end
+
+count, code, *arguments = sys.argv[1:]
+_schema.expected()  # once, not in each process
+gc.freeze()
+processes = [Fork(code, number, *arguments) for number in range(int(count))]
+printed = [""] * len(processes)
+running = set(range(len(processes)))
+while running:
+    for number in sorted(running):
+        while (line := processes[number].stdout.readline()) not in ("ready\\n", ""):
+            printed[number] += line
+        if not line:
+            running.remove(number)
+            printed[number] += "".join(end(processes[number]))
+    for number in running:
+        processes[number].stdin.write("go\\n")
+        processes[number].stdin.flush()
+print(json.dumps(printed))
+"""
+
+
 def together(count: int, code: str, *arguments: object) -> list[str]:
     """Run Python on `code` in `count` processes; what each printed. Each has its number, too, in `sys.argv[1]`.
 
     `wait()` in there lets all of them go on at the same moment.
     """
-    processes = [start(WAIT + code, number, *arguments, stderr=None) for number in range(count)]
-    printed = [""] * count
-    running = set(range(count))
-    try:
-        while running:
-            for number in sorted(running):
-                while (line := processes[number].stdout.readline()) not in ("ready\n", ""):
-                    printed[number] += line
-                if not line:
-                    running.remove(number)
-            for number in running:
-                processes[number].stdin.write("go\n")
-                processes[number].stdin.flush()
-    finally:
-        for process in processes:
-            end(process)
+    printed: list[str] = json.loads(run(TOGETHER, count, WAIT + code, *arguments))
     return printed
+
+
+def unsynced(conn: sqlite3.Connection) -> None:
+    """An `on_connect` for where no power is cut: SQLite waits for no disk."""
+    conn.execute("PRAGMA synchronous=OFF")
 
 
 DESCRIPTORS = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"

@@ -23,6 +23,7 @@ from daemon_db import DB, OpenError, _guard, _opening, _process
 from daemon_db._connection import thread
 from support import (
     LIMIT,
+    Forks,
     end,
     files_in,
     in_thread,
@@ -68,12 +69,42 @@ WITH_APSW = [
     for way in WAYS
 ]
 
+IMPORTS = """
+import hashlib, itertools, logging, mmap, os, shutil, sqlite3, subprocess, sys, tarfile, threading, warnings, zipfile
+try:
+    import apsw
+except ImportError:
+    pass
+from daemon_db import DB, OpenError, _guard, _opening, _process, _schema
+from daemon_db._connection import thread
+from support import LIMIT, Fork, Forks, end, in_thread, insert_run, insertion, join, open_files, run, spare, start
+
+_schema.expected()  # which each would else find out, too
+"""
+"""What the daemons import. Each would take longer for that than for all else."""
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """For daemons that are processes of their own, one after another."""
+    forks = Forks(IMPORTS)
+    yield forks
+    forks.close()
+
+
+WHEN_ASKED = """
+import sys
+if not sys.stdin.readline():
+    sys.exit()
+"""
+"""Before the code of another process: a daemon with a database open can't fork it off any more."""
+
 OTHER = """
 import sys
 from daemon_db import DB
 from support import insert_run
 
-with DB.open(sys.argv[1], timeout=60) as db:
+with DB.open(sys.argv[1], timeout=60, on_connect=lambda conn: conn.execute("PRAGMA synchronous=OFF")) as db:
     for number in range(int(sys.argv[2])):
         with db.transaction() as conn:
             insert_run(conn, f"{sys.argv[3]}-{number}")
@@ -84,20 +115,11 @@ with DB.open(sys.argv[1], timeout=60) as db:
 """Writes so many runs, and closes when its standard input does."""
 
 DAEMON = f"""
-import hashlib, itertools, logging, mmap, os, shutil, sqlite3, subprocess, sys, tarfile, threading, warnings, zipfile
-try:
-    import apsw
-except ImportError:
-    pass
-from daemon_db import DB, OpenError, _guard, _opening, _process
-from daemon_db._connection import thread
-from support import LIMIT, end, in_thread, insert_run, join, start
-
 warnings.simplefilter("ignore")  # of a file that open() leaves to the garbage collector
 logging.disable(logging.WARNING)  # of a reader that is in the way of a checkpoint, when the machine is busy
 path, way, threads, how, last, lock = sys.argv[1:]
-OTHER = {OTHER!r}
 WAYS = {WAYS!r}
+other = Fork({WHEN_ASKED + OTHER!r}, path, 20, "other")
 if lock == "off":
     _guard._SETLK = None
 acknowledged, stop, progress, errors = [], threading.Event(), threading.Semaphore(0), []
@@ -124,10 +146,10 @@ def write(number):
 def others():
     look = ["sqlite3", "-cmd", ".timeout 60000", path, "SELECT count(*) FROM runs"]
     subprocess.run(look, check=True, capture_output=True)
-    other = start(OTHER, path, 20, "other")
+    other.stdin.write("go\\n")
+    other.stdin.flush()
     while (line := other.stdout.readline()) not in ("done\\n", ""):
         acknowledged.append(line.strip())
-    return other
 
 db = DB.open(path, timeout=60, on_connect=lambda conn: conn.execute("PRAGMA synchronous=OFF"))
 if threads == "1":
@@ -136,7 +158,7 @@ if threads == "1":
             insert_run(conn, f"before-{{number}}")
         acknowledged.append(f"before-{{number}}")
     exec(WAYS[way])
-    other = others()
+    others()
     if last == "daemon":
         assert end(other) == ("", ""), other
     try:
@@ -153,7 +175,7 @@ else:
     for _ in range(50):
         assert progress.acquire(timeout=LIMIT)
     exec(WAYS[way])
-    other = others()
+    others()
     if last == "daemon":
         assert end(other) == ("", ""), other
     for _ in range(50):
@@ -167,9 +189,9 @@ print(*[f"error {{error}}" for error in errors], *acknowledged, sep="\\n")
 """
 
 
-def the_daemon(path: Path, way: str, threads: int, how: str, last: str, lock: str) -> tuple[list[str], list[str]]:
+def the_daemon(forks: Forks, path: Path, *how: object) -> tuple[list[str], list[str]]:
     """Run it; what it and the other acknowledged, and the errors that it met."""
-    said = run(DAEMON, path, way, threads, how, last, lock).splitlines()
+    said = forks.run(DAEMON, path, *how).splitlines()
     return [line for line in said if not line.startswith("error ")], [
         line for line in said if line.startswith("error ")
     ]
@@ -194,10 +216,12 @@ def check_whole(path: Path, acknowledged: list[str]) -> None:
         (1, "autocommit", "other"),
     ],
 )
-def test_nothing_in_the_process_drops_the_lock(way: str, threads: int, how: str, last: str, tmp_path: Path) -> None:
+def test_nothing_in_the_process_drops_the_lock(
+    way: str, threads: int, how: str, last: str, forks: Forks, tmp_path: Path
+) -> None:
     for number in range(rounds(1, 25)):
         path = tmp_path / f"{number}.db"
-        acknowledged, errors = the_daemon(path, way, threads, how, last, "on")
+        acknowledged, errors = the_daemon(forks, path, way, threads, how, last, "on")
         assert errors == []
         assert len(acknowledged) > 60
         check_whole(path, acknowledged)
@@ -205,10 +229,7 @@ def test_nothing_in_the_process_drops_the_lock(way: str, threads: int, how: str,
 
 
 THREADS_COME_AND_GO = f"""
-import subprocess, sys, threading, warnings
-from daemon_db import DB
-from support import LIMIT, end, insert_run, join, start
-
+others = Forks(start=Fork)
 warnings.simplefilter("ignore")
 path, rounds = sys.argv[1], int(sys.argv[2])
 acknowledged, errors, ended = [], [], threading.Event()
@@ -252,22 +273,23 @@ threads = [threading.Thread(target=come_and_go, args=(number,), daemon=True) for
 for thread in [dropper, *threads]:
     thread.start()
 while any(thread.is_alive() for thread in threads):
-    other = start({OTHER!r}, path, 5, f"other-{{len(acknowledged)}}")
-    acknowledged += [line for line in end(other)[0].splitlines() if line != "done"]
+    said = others.run({OTHER!r}, path, 5, f"other-{{len(acknowledged)}}")
+    acknowledged += [line for line in said.splitlines() if line != "done"]
     look = ["sqlite3", "-cmd", ".timeout 60000", path, "SELECT count(*) FROM runs"]
     subprocess.run(look, check=True, capture_output=True)
 ended.set()
 join(dropper, *threads)
 db.close()
+others.close()
 assert errors == [], errors
 print(*acknowledged, sep="\\n")
 """
 
 
 @has_lock
-def test_threads_that_open_and_close_and_end_never_lose_it(tmp_path: Path) -> None:
+def test_threads_that_open_and_close_and_end_never_lose_it(forks: Forks, tmp_path: Path) -> None:
     """While another thread drops SQLite's locks all the time, and other processes come and go."""
-    acknowledged = run(THREADS_COME_AND_GO, tmp_path / "daemon.db", rounds(30, 3000)).splitlines()
+    acknowledged = forks.run(THREADS_COME_AND_GO, tmp_path / "daemon.db", rounds(30, 3000)).splitlines()
     assert len(acknowledged) >= rounds(120, 12_000)
     check_whole(tmp_path / "daemon.db", acknowledged)
     assert list(files_in(tmp_path)) == ["daemon.db"]
@@ -388,22 +410,17 @@ def test_a_wal_that_is_removed_while_a_later_connection_is_opened(
 
 @pytest.mark.parametrize("last", ["daemon", "other"])
 @pytest.mark.parametrize("way", ["all", pytest.param("apsw", marks=WITH_APSW[-1].marks)])
-def test_without_the_lock_the_loss_is_found_out(way: str, last: str, tmp_path: Path) -> None:
+def test_without_the_lock_the_loss_is_found_out(way: str, last: str, forks: Forks, tmp_path: Path) -> None:
     """Before a further commit is acknowledged; and the daemon's stop in good order overwrites nothing."""
     for number in range(rounds(1, 100)):
         path = tmp_path / f"{number}.db"
-        acknowledged, errors = the_daemon(path, way, 1, "transaction", last, "off")
+        acknowledged, errors = the_daemon(forks, path, way, 1, "transaction", last, "off")
         assert len(errors) == 1 and LOST in errors[0]
         assert len(acknowledged) == 40  # the daemon's before and the other's
         check_whole(path, acknowledged)
 
 
 USE_A_LOST_ONE = """
-import os, shutil, sqlite3, subprocess, sys, threading
-from daemon_db import DB, OpenError, _guard, _opening, _process
-from daemon_db._connection import thread
-from support import in_thread, insert_run, insertion, open_files
-
 def refused(use):
     count = len(asked)
     try:
@@ -450,9 +467,9 @@ print(len(open_files()) - len(before))
 
 
 @pytest.mark.parametrize("who", ["transaction", "a new thread", "a new DB"])
-def test_the_first_loss_ends_the_db_for_all_threads(who: str, tmp_path: Path) -> None:
+def test_the_first_loss_ends_the_db_for_all_threads(who: str, forks: Forks, tmp_path: Path) -> None:
     path = tmp_path / "daemon.db"
-    still_open = int(run(USE_A_LOST_ONE, path, who))
+    still_open = int(forks.run(USE_A_LOST_ONE, path, who))
     # Before 3.12, nothing but to leave it open keeps SQLite from checkpointing the old WAL.
     assert still_open == 0 if sys.version_info >= (3, 12) else still_open > 0
     with DB.open(path) as db:
@@ -484,8 +501,9 @@ def test_where_the_lock_is_not_to_be_had_one_line_says_so(
 REMOVALS = {"-wal": ["-wal"], "-shm": ["-shm"], "both": ["-wal", "-shm"]}
 removals = pytest.mark.parametrize("removed", REMOVALS.values(), ids=REMOVALS)
 
-OPEN_AT_ONCE = """
-import sqlite3, sys
+OPEN_AT_ONCE = f"""
+{WHEN_ASKED}
+import sqlite3
 from support import insert_run
 
 conn = sqlite3.connect(sys.argv[1], isolation_level=None)
@@ -497,11 +515,6 @@ except sqlite3.DatabaseError:
 sys.stdin.readline()
 """
 REMOVE_BY_HAND = f"""
-import os, sys
-from daemon_db import DB, OpenError, _guard, _opening, _process
-from daemon_db._connection import thread
-from support import end, in_thread, insert_run, start
-
 def insert(name):
     with db.transaction() as conn:
         insert_run(conn, name)
@@ -509,20 +522,21 @@ def insert(name):
 path, lock, who, what, *removed = sys.argv[1:]
 if lock == "off":
     _guard._SETLK = None
-db = DB.open(path)
+other = Fork({OPEN_AT_ONCE!r}, path, what)
+db = DB.open(path, on_connect=lambda conn: conn.execute("PRAGMA synchronous=OFF"))
 for number in range(3):
     insert(f"in the WAL {{number}}")
 for suffix in removed:
     os.remove(path + suffix)
 if what != "nothing":
-    other = start({OPEN_AT_ONCE!r}, path, what)
+    other.stdin.write("go\\n")
+    other.stdin.flush()
     print(other.stdout.readline(), end="")
 try:
     insert("late") if who == "transaction" else in_thread(lambda: db.conn)
 except OpenError as error:
     print(error)
-if what != "nothing":
-    end(other)
+end(other)
 db.close()
 """
 
@@ -532,13 +546,13 @@ db.close()
 @pytest.mark.parametrize("who", ["transaction", "a new thread"])
 @pytest.mark.parametrize("what", ["reads", "writes", "nothing"])
 def test_what_was_removed_by_hand_is_found_out(
-    removed: list[str], lock: str, who: str, what: str, tmp_path: Path
+    removed: list[str], lock: str, who: str, what: str, forks: Forks, tmp_path: Path
 ) -> None:
     """Also where another process makes it anew at once. What that one commits, the daemon's close doesn't overwrite."""
     for number in range(rounds(1, 10)):
         path = tmp_path / f"{number}.db"
         make_wal(path)
-        said = run(REMOVE_BY_HAND, path, lock, who, what, *removed)
+        said = forks.run(REMOVE_BY_HAND, path, lock, who, what, *removed)
         assert LOST in said
         if removed == ["-wal", "-shm"]:
             assert said.startswith(what) or what == "nothing"
@@ -575,25 +589,19 @@ def test_what_is_in_a_wal_that_was_removed_by_hand_is_saved_by_closing(
 # What others commit meanwhile
 
 OTHER_WRITES = """
-import sqlite3, sys
-from support import insert_run
-
+what = sys.stdin.readline().strip()
 conn = sqlite3.connect(sys.argv[1], isolation_level=None)
-for number in range(int(sys.argv[2])):
+conn.execute("PRAGMA synchronous=OFF")
+for number in range(300):
     insert_run(conn, f"other-{number}")
-if "truncate" in sys.argv:
+if what == "truncate":
     assert conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
 print("done", flush=True)
-if "stay" in sys.argv:
+if what == "stay":
     sys.stdin.readline()
 conn.close()
 """
 LOSE = f"""
-import os, sqlite3, subprocess, sys
-from daemon_db import DB, OpenError, _guard, _opening, _process
-from daemon_db._connection import thread
-from support import end, in_thread, insert_run, run, spare, start
-
 def refused(use):
     try:
         use()
@@ -616,12 +624,14 @@ def remove(*suffixes):
     for suffix in suffixes:
         os.remove(path + suffix)
 
-def other(*what):
-    process = start({OTHER_WRITES!r}, path, 300, *what)
-    assert process.stdout.readline() == "done\\n", process.communicate()
+def other(what="close"):
+    process.stdin.write(what + "\\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "done\\n", end(process)
     return process
 
 path = sys.argv[1]
+process = Fork({OTHER_WRITES!r}, path)
 db = DB.open(path, on_connect=lambda conn: conn.execute("PRAGMA synchronous=OFF"))
 write("before")
 """
@@ -703,10 +713,10 @@ db.close()
 
 
 @pytest.mark.parametrize("end", [pytest.param(code, marks=has_lock, id=name) for name, code in ENDS.items()])
-def test_a_daemon_that_has_lost_its_wal_overwrites_nothing(end: str, tmp_path: Path) -> None:
+def test_a_daemon_that_has_lost_its_wal_overwrites_nothing(end: str, forks: Forks, tmp_path: Path) -> None:
     path = tmp_path / "daemon.db"
     make_wal(path)
-    run(LOSE + end, path)
+    forks.run(LOSE + end, path)
     check_whole(path, ["run-1", *(f"other-{number}" for number in range(300))])
 
 
@@ -716,7 +726,7 @@ def count(db: DB) -> tuple[int]:
 
 
 @has_lock
-def test_a_daemon_that_only_reads_stays_up_to_date(tmp_path: Path) -> None:
+def test_a_daemon_that_only_reads_stays_up_to_date(forks: Forks, tmp_path: Path) -> None:
     path = tmp_path / "daemon.db"
     make_wal(path)
     for read_only in (False, True):
@@ -725,7 +735,7 @@ def test_a_daemon_that_only_reads_stays_up_to_date(tmp_path: Path) -> None:
                 open(path, "rb").close()
                 subprocess.run(["sqlite3", path, LOOK], check=True, capture_output=True)
                 name = f"{read_only}-{number}"
-                run(OTHER, path, 20, name)
+                forks.run(OTHER, path, 20, name)
                 expected = (1 + 20 * (number + 1) + 60 * read_only,)
                 assert count(db) == in_thread(lambda db=db: count(db)) == expected
 
@@ -1015,11 +1025,11 @@ def test_memory_and_rollback_journals_have_nothing_to_guard(tmp_path: Path) -> N
 
 
 @has_lock
-def test_to_others_it_is_one_reader_more(tmp_path: Path) -> None:
+def test_to_others_it_is_one_reader_more(forks: Forks, tmp_path: Path) -> None:
     """They write, checkpoint, and begin the WAL anew."""
     path = tmp_path / "daemon.db"
     with DB.open(path) as db:
-        run(OTHER, path, 20, "other")
+        forks.run(OTHER, path, 20, "other")
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             assert other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
             insert_run(other)

@@ -4,11 +4,11 @@
 """
 
 import itertools
+import json
 import math
 import os
 import signal
 import sqlite3
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -22,7 +22,6 @@ from daemon_db import DB, OpenError, _schema
 from daemon_db._connection import Connection, State
 from support import (
     LIMIT,
-    OPEN_AND_DIE,
     began_and_done,
     copy,
     count_objects,
@@ -33,11 +32,12 @@ from support import (
     make_nothing,
     make_rollback,
     make_wal,
+    opened_and_killed,
     rounds,
-    run,
     spare,
     start,
     together,
+    unsynced,
 )
 
 RUNS = _schema.expected().objects["runs"].sql
@@ -68,7 +68,7 @@ KEPT = ("wal", ALL, 3)
 
 def is_whole(path: Path) -> tuple[str, int, int]:
     """Open it, which must work, as what it is must; its state."""
-    with DB.open(path, timeout=LIMIT) as db:
+    with DB.open(path, timeout=LIMIT, on_connect=unsynced) as db:
         assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert db.conn.execute("PRAGMA foreign_key_check").fetchall() == []
         return state(db.conn)
@@ -76,20 +76,20 @@ def is_whole(path: Path) -> tuple[str, int, int]:
 
 def comes(path: Path) -> Generator[None, None, None]:
     yield
-    with DB.open(path, timeout=0) as other:
+    with DB.open(path, timeout=0, on_connect=unsynced) as other:
         insert_run(other.conn, "other")
         yield
 
 
 def comes_and_goes(path: Path) -> Generator[None, None, None]:
     yield
-    with DB.open(path, timeout=0) as other:
+    with DB.open(path, timeout=0, on_connect=unsynced) as other:
         insert_run(other.conn, "other")
 
 
 def goes(path: Path) -> Generator[None, None, None]:
     """The last to close a database removes its WAL."""
-    with DB.open(path) as other:
+    with DB.open(path, on_connect=unsynced) as other:
         insert_run(other.conn, "other")
         yield
 
@@ -128,12 +128,12 @@ class Moments:
 
 OPEN_EACH = """
 from daemon_db import DB
-from support import count_objects, spare
+from support import count_objects, spare, unsynced
 
 for path in sys.argv[2:]:
     wait()
     try:
-        with DB.open(path, timeout=600) as db:
+        with DB.open(path, timeout=600, on_connect=unsynced) as db:
             (mode,) = db.conn.execute("PRAGMA journal_mode").fetchone()
             (runs,) = db.conn.execute(f"SELECT count(*) FROM runs WHERE {spare('runs')} IS NULL").fetchone()
             print(mode, count_objects(db.conn), runs)
@@ -143,11 +143,11 @@ for path in sys.argv[2:]:
 
 INSERT_AND_CLOSE = """
 from daemon_db import DB
-from support import insert_run
+from support import insert_run, unsynced
 
 wait()
 for cycle in range(int(sys.argv[3])):
-    with DB.open(sys.argv[2], timeout=600) as db, db.transaction() as conn:
+    with DB.open(sys.argv[2], timeout=600, on_connect=unsynced) as db, db.transaction() as conn:
         insert_run(conn, f"{sys.argv[1]}-{cycle}")
 print("done")
 """
@@ -160,13 +160,13 @@ class TestTogether:
         make_rollback(templates[1], 3)
         make_killed(templates[2], 3, "delete")
         make_killed(templates[3], 3, "wal")
-        times = math.ceil(rounds(64, 3000) / count)
+        times = math.ceil(rounds(16, 3000) / count)
         paths = [copy(path, path.with_suffix(f".{number}")) for number in range(times) for path in templates]
         printed = f"wal {ALL} 0\n" + f"wal {ALL} 3\n" * 3
         assert together(count, OPEN_EACH, *paths) == [printed * times] * count
 
     def test_processes_open_insert_and_close_in_a_loop(self, tmp_path: Path) -> None:
-        cycles = rounds(20, 625)
+        cycles = rounds(10, 625)
         assert together(8, INSERT_AND_CLOSE, tmp_path / "db", cycles) == ["done\n"] * 8
         with DB.open(tmp_path / "db") as db:
             found = {run_id for (run_id,) in db.conn.execute("SELECT id FROM runs")}
@@ -205,7 +205,7 @@ class TestTogether:
 
             with monkeypatch.context() as patch:
                 moments = Moments(path, moment, step, patch)
-                db = DB.open(path)
+                db = DB.open(path, on_connect=unsynced)
             with db:
                 assert state(db.conn) in (("wal", ALL, runs), ("wal", ALL, runs + 1))
                 assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -294,20 +294,22 @@ class TestKilled:
     def test_at_each_moment_of_an_open(self, where: str, make: Callable[[Path], None], tmp_path: Path) -> None:
         template = tmp_path / "template"
         make(template)
-        killed = int(run(OPEN_AND_DIE, tmp_path, template if template.exists() else "", where))
-        assert killed > 8  # so many are the steps, and the thousands of bytes
-        beside = {file.name.rpartition("-")[2] for file in tmp_path.glob("*.db-*") if file.stat().st_size}
+        opened = 0
+        beside = set()
+        for path in opened_and_killed(tmp_path, template if template.exists() else None, where):
+            opened += 1
+            beside |= {file.name.rpartition("-")[2] for file in tmp_path.glob(f"{path.name}-*") if file.stat().st_size}
+            check_killed(path, make is make_nothing)
+        assert opened > 9  # so many are the steps, and the thousands of bytes
         assert "wal" in beside
         if where == "in a write" and make is not make_partial_wal:
             assert "journal" in beside
-        for number in range(killed):
-            check_killed(tmp_path / f"{number}.db", make is make_nothing)
 
     @AT_OPEN
     def test_at_any_moment_of_an_open(self, make: Callable[[Path], None], tmp_path: Path) -> None:
         template = tmp_path / "template"
         make(template)
-        for kill in range(rounds(2, 75)):
+        for kill in range(rounds(1, 75)):
             directory = tmp_path / str(kill)
             directory.mkdir()
             began, _ = kill_at_random(OPEN_IN_A_LOOP, directory, template if template.exists() else "")
@@ -332,13 +334,13 @@ class TestKilled:
         path = tmp_path / "db"
         make_wal(path)
         transactions = 0
-        for _ in range(rounds(3, 75)):
+        for _ in range(rounds(2, 75)):
             began, done = kill_at_random(COMMIT_IN_A_LOOP, path, transactions, "")
             transactions = self.check_committed(path, began, done)
 
     def check_committed(self, path: Path, began: list[int], done: list[int]) -> int:
         """Each transaction is there whole or not at all; each that was reported is there. How many there are."""
-        with DB.open(path) as db:
+        with DB.open(path, on_connect=unsynced) as db:
             assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
             sequences = [n for (n,) in db.conn.execute("SELECT sequence FROM events ORDER BY sequence")]
         assert sequences == list(range(len(sequences)))
@@ -349,33 +351,58 @@ class TestKilled:
 
 
 HOLD = """
-import sqlite3, sys
+import json, sqlite3, sys
 
-path, begin = sys.argv[1:]
-conn = sqlite3.connect(path, isolation_level=None)
-conn.execute(begin)
-conn.execute("PRAGMA user_version=7")
-print("locked", flush=True)
-sys.stdin.readline()
-conn.execute("COMMIT")
-conn.close()
+signal.alarm(0)
+while line := sys.stdin.readline():
+    path, begin = json.loads(line)
+    conn = sqlite3.connect(path, isolation_level=None)
+    conn.execute("PRAGMA synchronous=OFF")
+    conn.execute(begin)
+    conn.execute("PRAGMA user_version=7")
+    print("locked", flush=True)
+    sys.stdin.readline()
+    conn.execute("COMMIT")
+    conn.close()
+    print("free", flush=True)
 """
 
 
-@contextmanager
-def lock_held(path: Path, begin: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process in a write transaction on `path`, which it commits when its standard input is closed."""
-    process = start(HOLD, path, begin)
-    try:
-        assert process.stdout.readline() == "locked\n"
-        yield process
-    finally:
-        process.stdin.close()
-        process.wait(LIMIT)
-        errors = process.stderr.read()
-        process.stdout.close()
-        process.stderr.close()
-    assert (process.returncode, errors) == (0, "")
+class Holder:
+    """Another process that takes the lock on one file after another. It ends when its standard input does."""
+
+    def __init__(self) -> None:
+        self._process = start(HOLD)
+
+    @contextmanager
+    def hold(self, path: Path, begin: str) -> Iterator[None]:
+        """It is in a write transaction on `path`, until `free()` or the end of the block, which commit."""
+        self._say(json.dumps([str(path), begin]), "locked")
+        self._is_free = False
+        try:
+            yield
+        finally:
+            self.free()
+
+    def free(self) -> None:
+        if not self._is_free:
+            self._is_free = True
+            self._say("", "free")
+
+    def _say(self, words: str, answer: str) -> None:
+        self._process.stdin.write(words + "\n")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline() == answer + "\n"
+
+    def end(self) -> None:
+        assert (end(self._process), self._process.returncode) == (("", ""), 0)
+
+
+@pytest.fixture(scope="module")
+def holder() -> Iterator[Holder]:
+    holder = Holder()
+    yield holder
+    holder.end()
 
 
 BEGIN = pytest.mark.parametrize("begin", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
@@ -384,15 +411,15 @@ TO_BE_WRITTEN = pytest.mark.parametrize("make", [make_nothing, partial(make_roll
 
 class TestLocked:
     @BEGIN
-    def test_a_current_database_opens_at_once(self, begin: str, tmp_path: Path) -> None:
+    def test_a_current_database_opens_at_once(self, begin: str, holder: Holder, tmp_path: Path) -> None:
         make_wal(tmp_path / "db", 3)
-        with lock_held(tmp_path / "db", begin), DB.open(tmp_path / "db", timeout=0) as db:
+        with holder.hold(tmp_path / "db", begin), DB.open(tmp_path / "db", timeout=0) as db:
             assert state(db.conn) == KEPT
 
     @BEGIN
     @TO_BE_WRITTEN
     def test_a_database_to_be_written_waits_for_the_lock(
-        self, make: Callable[[Path], None], begin: str, tmp_path: Path
+        self, make: Callable[[Path], None], begin: str, holder: Holder, tmp_path: Path
     ) -> None:
         make(tmp_path / "db")
         found = []
@@ -402,23 +429,23 @@ class TestLocked:
                 found.append((state(db.conn), db.conn.execute("PRAGMA user_version").fetchone()))
 
         opener = threading.Thread(target=open_it)
-        with lock_held(tmp_path / "db", begin) as holder:
+        with holder.hold(tmp_path / "db", begin):
             opener.start()
             opener.join(0.1)
             assert opener.is_alive()
-            holder.stdin.close()
+            holder.free()
             opener.join(LIMIT)
         assert found == [(FRESH if make is make_nothing else KEPT, (7,))]
 
     @BEGIN
     @TO_BE_WRITTEN
-    @pytest.mark.parametrize("timeout", [0, 0.3])
+    @pytest.mark.parametrize("timeout", [0, 0.1])
     def test_longer_than_the_timeout(
-        self, timeout: float, make: Callable[[Path], None], begin: str, tmp_path: Path
+        self, timeout: float, make: Callable[[Path], None], begin: str, holder: Holder, tmp_path: Path
     ) -> None:
         path = tmp_path / "db"
         make(path)
-        with lock_held(path, begin):
+        with holder.hold(path, begin):
             before = path.read_bytes()
             began = time.monotonic()
             with pytest.raises(OpenError) as caught:

@@ -4,6 +4,7 @@ An older version's file is made of the first released schema, and the newer vers
 this process, or in others by a copy of the package. At the end of the file: `schema.sql` as it is.
 """
 
+import functools
 import os
 import shutil
 import sqlite3
@@ -19,15 +20,17 @@ from daemon_db import DB, OpenError, SchemaError, _schema
 from daemon_db._schema import SQL as SHIPPED
 from support import (
     ENVIRONMENT,
-    OPEN_AND_DIE,
+    LIMIT,
     copy,
     end,
     insert_run,
     insertion,
     kill_at_random,
+    opened_and_killed,
     rounds,
     run,
     start,
+    unsynced,
     use_schema,
 )
 from support import FIRST as SQL
@@ -60,6 +63,7 @@ def older_file(path: Path, script: str = SQL, journal_mode: str = "delete") -> P
     return path
 
 
+@functools.cache
 def columns(script: str) -> dict[str, list[str]]:
     """Of each table."""
     with closing(sqlite3.connect(":memory:")) as conn:
@@ -135,7 +139,7 @@ def test_a_missing_column_is_added(tmp_path: Path, newer: Newer, script: str, te
         before = rows(conn)
         (addition,) = _schema.missing(conn, "a name")
         assert addition.problem.startswith("events.") and addition.problem.endswith(": missing column")
-    with DB.open(path) as db:
+    with DB.open(path, on_connect=unsynced) as db:
         assert rows(db.conn) == before
         insert_everywhere(db.conn)
         assert [row[-1] for row in db.conn.execute("SELECT * FROM events")] == [value] * 3
@@ -507,35 +511,48 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 import daemon_db
 assert sys.argv[1] in daemon_db.__file__
-daemon_db.DB.open(":memory:").close()
+from daemon_db import _schema
+_schema.expected()  # once, not in each process
+children = []
+for _ in range(int(sys.argv[2]) - 1):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(sys.argv[3]))
+        children.clear()
+        break
+    children.append(child)
 print("ready", flush=True)
-sys.stdin.readline()
-for path in sys.argv[2:]:
+os.read(0, 1)
+for path in sys.argv[4:]:
     with daemon_db.DB.open(path, timeout=600) as db:
         with db.transaction() as conn:
             conn.execute(
                 "INSERT INTO runs (id, feature_branch, repo_path, target_branch, tasks_dir, parallelism, status)"
                 " VALUES (:id, :id, '/repo', 'main', 'tasks', 4, 'new')", {"id": os.getpid()}
             )
+assert [os.waitpid(child, 0)[1] for child in children] == [0] * len(children)
 print("done")
 """
 
 
 @pytest.mark.parametrize("count", [3, 8, 32])
 def test_versions_open_an_old_file_at_once(tmp_path: Path, count: int) -> None:
+    """So many processes, of the old version and the new one by turns. One of each version forks the others of it."""
     versions = [version(tmp_path / "old", SQL), version(tmp_path / "new", NEW)]
     paths = [tmp_path / f"{number}.db" for number in range(rounds(4, 3000 // count + 1))]
     for number, path in enumerate(paths):
         older_file(path, schema() if number % 4 < 2 else SQL, "wal" if number % 2 else "delete")
-    processes = [start(OPEN_AND_INSERT, versions[number % 2], *paths) for number in range(count)]
+    counts = [count - count // 2, count // 2]
+    processes = [start(OPEN_AND_INSERT, *each, LIMIT, *paths) for each in zip(versions, counts, strict=True)]
     try:
+        for process, of_this_version in zip(processes, counts, strict=True):
+            for _ in range(of_this_version):
+                assert process.stdout.readline() == "ready\n"
         for process in processes:
-            assert process.stdout.readline() == "ready\n"
-        for process in processes:
-            process.stdin.write("go\n")
+            process.stdin.write("g" * count)  # a letter for each, at least
             process.stdin.flush()
-        for process in processes:
-            assert end(process) == ("done\n", "")
+        for process, of_this_version in zip(processes, counts, strict=True):
+            assert (end(process), process.returncode) == (("done\n" * of_this_version, ""), 0)
     finally:
         for process in processes:
             end(process)
@@ -573,25 +590,29 @@ def test_killed_while_updating(tmp_path: Path, newer: Newer, journal_mode: str) 
     shutil.copyfile(template, tmp_path / "updated")
     DB.open(tmp_path / "updated").close()
 
+    updated = catalogue(tmp_path / "updated")
+
     def check(path: Path, is_done: bool) -> None:
         if not is_done:
-            assert catalogue(copy(path, path.with_suffix(".copy"))) in (old, catalogue(tmp_path / "updated"))
-        with DB.open(path) as db:
+            assert catalogue(copy(path, path.with_suffix(".copy"))) in (old, updated)
+        with DB.open(path, on_connect=unsynced) as db:
             assert rows(db.conn) == before
             assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert catalogue(path) == catalogue(tmp_path / "updated")
+        assert catalogue(path) == updated
 
     newer_first = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(new), ENVIRONMENT["PYTHONPATH"]])}
     for where in ("before a statement", "in a write"):
         directory = tmp_path / where
         directory.mkdir()
-        killed = int(run(OPEN_AND_DIE, directory, template, where, env=newer_first))
-        assert killed > 10
-        beside = {file.name.rpartition("-")[2] for file in directory.glob("*.db-*") if file.stat().st_size}
+        opened = 0
+        beside = set()
+        for path in opened_and_killed(directory, template, where, env=newer_first):
+            opened += 1
+            beside |= {file.name.rpartition("-")[2] for file in directory.glob(f"{path.name}-*") if file.stat().st_size}
+            check(path, is_done=False)
+        assert opened > 11
         assert "wal" in beside
-        for number in range(killed):
-            check(directory / f"{number}.db", is_done=False)
-    for kill in range(rounds(2, 75)):
+    for kill in range(rounds(1, 75)):
         directory = tmp_path / str(kill)
         directory.mkdir()
         began, done = kill_at_random(UPDATE_IN_A_LOOP, new, directory, template)
