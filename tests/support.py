@@ -191,6 +191,12 @@ def copy(source: Path, path: Path) -> Path:
     return path
 
 
+def bytes_of(path: Path) -> dict[str, bytes]:
+    """What a database consists of: the file and what is beside it, by suffix."""
+    files = {suffix: Path(f"{path}{suffix}") for suffix in ("", "-journal", "-wal", "-shm")}
+    return {suffix: file.read_bytes() for suffix, file in files.items() if file.exists()}
+
+
 def files_in(directory: Path) -> dict[str, bytes | None]:
     """Each name under `directory`, with the bytes of those that are files."""
     return {
