@@ -39,6 +39,7 @@ from support import (
     make_killed,
     make_rollback,
     make_wal,
+    open_files,
     spare,
     start,
 )
@@ -230,7 +231,9 @@ class TestErrors:
             conn.executescript(f"{_schema.SQL} ALTER TABLE runs RENAME COLUMN {spare('runs')} TO has_another_name")
             conn.executescript(f"CREATE UNIQUE INDEX one ON units ({spare('units')})")
         for check in [], ["--check"]:
+            before = open_files()
             done = command(*check, path)
+            assert open_files() == before
             assert (done.returncode, done.stdout) == (1, "")
             assert done.stderr == (
                 f"daemon_db: the schema of {path} does not fit: "

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from . import _guard, _process, _schema, _wal
-from ._connection import Connection, State
+from ._connection import Connection, State, thread
 from ._place import File, Memory
 from .errors import (
     NO_DESCRIPTORS,
@@ -41,7 +41,12 @@ def open_first(state: State) -> Connection:
 
 def open_as_it_is(state: State) -> Connection:
     """Open a file to look at it, though its schema may lack something. What it lacks is then in `state.added`."""
-    return until_it_can_be_used(open_first_once, state)
+    try:
+        return until_it_can_be_used(open_first_once, state)
+    except BaseException:
+        if conn := thread.connections.get(state):
+            conn.close()
+        raise
 
 
 def open_another(state: State) -> Connection:
