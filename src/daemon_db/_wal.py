@@ -50,13 +50,17 @@ def left_as_it_is(file: File) -> Iterator[None]:
     When the last connection to a file closes, SQLite checkpoints the WAL. So another connection is opened before, and
     closed after. It is read-only, and can't checkpoint. If it can't be opened, this WAL can't be used by anybody.
     """
-    with contextlib.ExitStack() as stack:
+    reader = None
+    try:  # no ExitStack: on Python 3.15 its first use imports a module, for which there may be no free descriptor
         # To read another file would harm this process (see `open_another`), and to read an empty one removes the -wal.
         if file.wal_size() and file.is_there() and file.size():
             with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
-                reader = stack.enter_context(contextlib.closing(sqlite3.connect(file.uri("ro"), uri=True, timeout=0)))
+                reader = sqlite3.connect(file.uri("ro"), uri=True, timeout=0)
                 reader.execute("SELECT 1 FROM sqlite_master").fetchone()
         yield
+    finally:
+        if reader is not None:
+            reader.close()
 
 
 LIMIT = 16 * 2**20
