@@ -177,6 +177,12 @@ def _forget_inherited() -> None:
 os.register_at_fork(after_in_child=_forget_inherited)
 
 
+def close_this_threads(state: State) -> None:
+    """Close the thread's connection, if there is one: its opening failed, was interrupted, or it is unusable."""
+    if conn := thread.connections.get(state):
+        conn.close()
+
+
 def references(conn: Connection) -> int:
     """How many references to the connection there are. A running statement, a cursor with rows to fetch, and an open
     blob have one, too.

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from . import _guard, _process, _schema, _wal
-from ._connection import Connection, State, thread
+from ._connection import Connection, State, close_this_threads
 from ._place import File, Memory
 from .errors import (
     NO_DESCRIPTORS,
@@ -41,12 +41,7 @@ def open_first(state: State) -> Connection:
 
 def open_as_it_is(state: State) -> Connection:
     """Open a file to look at it, though its schema may lack something. What it lacks is then in `state.added`."""
-    try:
-        return until_it_can_be_used(open_first_once, state)
-    except BaseException:
-        if conn := thread.connections.get(state):
-            conn.close()
-        raise
+    return until_it_can_be_used(open_first_once, state)
 
 
 def open_another(state: State) -> Connection:
@@ -55,7 +50,7 @@ def open_another(state: State) -> Connection:
 
 
 class TryAgain(OpenError):
-    """Something else in this process was in the way for a moment. Nothing was written, and the connection is closed.
+    """Something else in this process was in the way for a moment. Nothing was written.
 
     Either SQLite's lock was dropped before the guard's lock was taken, and the WAL removed; or there was no free
     descriptor, and SQLite opened one of the files for reading only.
@@ -63,17 +58,18 @@ class TryAgain(OpenError):
 
 
 def until_it_can_be_used(open_once: Callable[[State], Connection], state: State) -> Connection:
-    """Try again until the timeout."""
+    """Try again until the timeout. Whatever fails, the connection is closed."""
     deadline = time.monotonic() + state.timeout
     while True:
         try:
             return open_once(state)
-        except TryAgain:
-            if time.monotonic() >= deadline:
+        except BaseException as error:
+            close_this_threads(state)
+            if not isinstance(error, TryAgain) or time.monotonic() >= deadline:
                 raise
-            # A -shm that is open for reading only stays so until no connection of this process has it open. If threads
-            # tried again at equal intervals, there might be one at any moment.
-            time.sleep(random.uniform(0.002, 0.05))
+        # A -shm that is open for reading only stays so until no connection of this process has it open. If threads
+        # tried again at equal intervals, there might be one at any moment.
+        time.sleep(random.uniform(0.002, 0.05))
 
 
 def open_first_once(state: State) -> Connection:
@@ -127,7 +123,6 @@ def open_another_once(state: State) -> Connection:
             # Before the first read: of another file, the read would empty the -shm, and begin its index anew. This
             # process's connections to the old file have that index in memory: they would crash (SIGBUS).
             file.refuse_replaced()
-            file.refuse_wal_alone()
             read_first(conn)
             file.refuse_replaced()  # the file may have been replaced between the first look and SQLite's
             refuse_reading_only(conn, likely)
@@ -161,7 +156,6 @@ def refuse_reading_only(conn: Connection, likely: list[int]) -> None:
     """Raise `TryAgain` if SQLite could open the file or its WAL for reading only."""
     # Not all descriptors: SQLite keeps those of closed connections, which only read, as long as others have locks.
     if _guard.is_open_to_read_only(conn.state.file, likely):
-        conn.close()
         raise TryAgain(conn.state.file.path, NO_DESCRIPTORS)
 
 
@@ -205,7 +199,6 @@ def keep_wal(conn: Connection, likely: list[int]) -> None:
     if reason := conn.join_guard(likely):
         state.file.refuse_replaced()
         state.end_if_wal_is_lost()
-        conn.close()
         raise TryAgain(state.file.path, reason)
 
 

@@ -174,13 +174,12 @@ class File:
 
     def is_there(self) -> bool:
         """Whether the path still is the file that was opened. A link must still lead to where the WAL is, too."""
-        return self._is(status_of(self.path))
+        status = status_of(self.path)
+        return status is not None and self._is(status)
 
-    def _is(self, status: os.stat_result | None) -> bool:
-        return status is not None and (
-            (status.st_dev, status.st_ino) == self.id
-            and (self.real_path == self.path or find_id(self.real_path) == self.id)
-        )
+    def _is(self, status: os.stat_result) -> bool:
+        is_at_path = (status.st_dev, status.st_ino) == self.id
+        return is_at_path and (self.real_path == self.path or find_id(self.real_path) == self.id)
 
     def network_file_system(self) -> str | None:
         """The name of the file system, if machines may share it."""

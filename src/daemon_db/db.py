@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Never, Self
 
 from . import _guard, _opening, _place, _process
-from ._connection import Connection, State, close_unused, references, thread
+from ._connection import Connection, State, close_this_threads, close_unused, references, thread
 from ._wal import Checkpoints
 from .errors import (
     NO_DESCRIPTORS,
@@ -245,7 +245,7 @@ class DB:
         """
         self._state.is_open = False
         if self._state.pid == _process.pid:
-            self._close_this_threads()
+            close_this_threads(self._state)
             self._state.file.close()
         self._finalizer.detach()  # last: if a signal's exception interrupts this, the finalizer does the rest
 
@@ -320,7 +320,7 @@ class DB:
 
     def _connect(self, open_connection: Callable[[State], Connection]) -> Connection:
         """Open the calling thread's connection."""
-        self._close_this_threads()
+        close_this_threads(self._state)
         close_unused()
         try:
             conn = open_connection(self._state)
@@ -332,14 +332,9 @@ class DB:
             self._refuse_use()  # another thread may have closed the DB meanwhile
             conn.is_usable = conn.was_opened = True
         except BaseException:
-            self._close_this_threads()
+            close_this_threads(self._state)
             raise
         return conn
-
-    def _close_this_threads(self) -> None:
-        """Close the thread's connection, if there is one: its opening failed, was interrupted, or it is unusable."""
-        if conn := thread.connections.get(self._state):
-            conn.close()
 
 
 def _drop(state: State) -> None:
