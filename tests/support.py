@@ -256,6 +256,16 @@ for line in sys.stdin:
 """
 
 
+def ask(process: Any, *question: object) -> list[Any]:
+    """Write a line of JSON to its standard input, and read one from its standard output."""
+    process.stdin.write(json.dumps([*map(str, question)]) + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        raise AssertionError(f"it ended: {end(process)}")
+    return list(json.loads(answer))
+
+
 @contextmanager
 def worker(prologue: str, *arguments: object, **options: object) -> Iterator[Callable[..., str]]:
     """Start Python on `prologue`, and let it go on: yields a `run` for code there, which sees what `prologue` defines.
@@ -266,12 +276,7 @@ def worker(prologue: str, *arguments: object, **options: object) -> Iterator[Cal
     process = start(imports + prologue + _WORKER.replace("LIMIT", str(LIMIT)), *arguments, **options)
 
     def run_there(code: str, *arguments: object) -> str:
-        process.stdin.write(json.dumps([code, *map(str, arguments)]) + "\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-        if not answer:
-            raise AssertionError(f"it ended\n{end(process)[1]}")
-        printed, failure = json.loads(answer)
+        printed, failure = ask(process, code, *arguments)
         if failure is not None:
             raise AssertionError(f"{failure}\n{printed}")
         return str(printed)
@@ -381,12 +386,7 @@ class Forks:
 
     def run(self, code: str, *arguments: object) -> str:
         """As `run`."""
-        self._process.stdin.write(json.dumps([code, *map(str, arguments)]) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise AssertionError(end(self._process))
-        output, errors, status = json.loads(answer)
+        output, errors, status = ask(self._process, code, *arguments)
         if (status, errors) != (0, ""):
             raise AssertionError(f"exit status {status}\n{errors}\n{output}")
         return str(output)
@@ -533,11 +533,6 @@ def together(count: int, code: str, *arguments: object) -> list[str]:
     """
     printed: list[str] = json.loads(run(TOGETHER, count, WAIT + code, *arguments))
     return printed
-
-
-def unsynced(conn: sqlite3.Connection) -> None:
-    """An `on_connect` for where no power is cut: SQLite waits for no disk."""
-    conn.execute("PRAGMA synchronous=OFF")
 
 
 DESCRIPTORS = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"

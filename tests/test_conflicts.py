@@ -49,7 +49,10 @@ NO_RUNS_UNIQUE = "runs: no unique constraint (feature_branch, repo_path)"
 RUNS_UNIQUE = ", UNIQUE(feature_branch, repo_path)"
 UNITS_KEY = "REFERENCES runs(id) ON DELETE CASCADE"
 
-RENAMED = _schema._RENAMED
+RENAMED = (
+    "If it was renamed, rename it back. If another version of the schema has added it, let that version open the file. "
+    "To drop it would lose what is in it"
+)
 
 COLUMN_CONFLICTS = {
     "renamed column": (

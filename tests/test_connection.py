@@ -25,6 +25,7 @@ from support import (
     insert_run,
     join,
     make_killed,
+    no_sync,
     open_files,
     rounds,
     run,
@@ -50,10 +51,6 @@ def no_collector() -> Iterator[None]:
     yield
     gc.enable()
     gc.unfreeze()
-
-
-def no_sync(conn: sqlite3.Connection) -> None:
-    conn.execute("PRAGMA synchronous=OFF")
 
 
 # Its own

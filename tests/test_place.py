@@ -209,7 +209,8 @@ class TestNotToBeOpened:
             DB.open(path)
         assert files_in(tmp_path) == {"text": text.encode()}
         assert open_files() == open_before
-        assert str(caught.value) == f"cannot open {path}: {NOT_A_DATABASE}"
+        words = 'not a SQLite database (if it was one, see "Damage" in the README before you do anything)'
+        assert str(caught.value) == f"cannot open {path}: {words}"
         assert isinstance(caught.value.__cause__, sqlite3.DatabaseError)
         assert caught.value.sqlite_errorname == caught.value.__cause__.sqlite_errorname == "SQLITE_NOTADB"
         assert caught.value.sqlite_errorcode == caught.value.__cause__.sqlite_errorcode == sqlite3.SQLITE_NOTADB

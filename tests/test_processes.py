@@ -33,12 +33,12 @@ from support import (
     make_nothing,
     make_rollback,
     make_wal,
+    no_sync,
     opened_and_killed,
     rounds,
     spare,
     start,
     together,
-    unsynced,
 )
 
 RUNS = _schema.expected().objects["runs"].sql
@@ -69,7 +69,7 @@ KEPT = ("wal", ALL, 3)
 
 def is_whole(path: Path) -> tuple[str, int, int]:
     """Open it, which must work, as what it is must; its state."""
-    with DB.open(path, timeout=LIMIT, on_connect=unsynced) as db:
+    with DB.open(path, timeout=LIMIT, on_connect=no_sync) as db:
         assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert db.conn.execute("PRAGMA foreign_key_check").fetchall() == []
         return state(db.conn)
@@ -77,20 +77,20 @@ def is_whole(path: Path) -> tuple[str, int, int]:
 
 def comes(path: Path) -> Generator[None, None, None]:
     yield
-    with DB.open(path, timeout=0, on_connect=unsynced) as other:
+    with DB.open(path, timeout=0, on_connect=no_sync) as other:
         insert_run(other.conn, "other")
         yield
 
 
 def comes_and_goes(path: Path) -> Generator[None, None, None]:
     yield
-    with DB.open(path, timeout=0, on_connect=unsynced) as other:
+    with DB.open(path, timeout=0, on_connect=no_sync) as other:
         insert_run(other.conn, "other")
 
 
 def goes(path: Path) -> Generator[None, None, None]:
     """The last to close a database removes its WAL."""
-    with DB.open(path, on_connect=unsynced) as other:
+    with DB.open(path, on_connect=no_sync) as other:
         insert_run(other.conn, "other")
         yield
 
@@ -129,12 +129,12 @@ class Moments:
 
 OPEN_EACH = """
 from daemon_db import DB
-from support import count_objects, spare, unsynced
+from support import count_objects, spare, no_sync
 
 for path in sys.argv[2:]:
     wait()
     try:
-        with DB.open(path, timeout=600, on_connect=unsynced) as db:
+        with DB.open(path, timeout=600, on_connect=no_sync) as db:
             (mode,) = db.conn.execute("PRAGMA journal_mode").fetchone()
             (runs,) = db.conn.execute(f"SELECT count(*) FROM runs WHERE {spare('runs')} IS NULL").fetchone()
             print(mode, count_objects(db.conn), runs)
@@ -144,11 +144,11 @@ for path in sys.argv[2:]:
 
 INSERT_AND_CLOSE = """
 from daemon_db import DB
-from support import insert_run, unsynced
+from support import insert_run, no_sync
 
 wait()
 for cycle in range(int(sys.argv[3])):
-    with DB.open(sys.argv[2], timeout=600, on_connect=unsynced) as db, db.transaction() as conn:
+    with DB.open(sys.argv[2], timeout=600, on_connect=no_sync) as db, db.transaction() as conn:
         insert_run(conn, f"{sys.argv[1]}-{cycle}")
 print("done")
 """
@@ -206,7 +206,7 @@ class TestTogether:
 
             with monkeypatch.context() as patch:
                 moments = Moments(path, moment, step, patch)
-                db = DB.open(path, on_connect=unsynced)
+                db = DB.open(path, on_connect=no_sync)
             with db:
                 assert state(db.conn) in (("wal", ALL, runs), ("wal", ALL, runs + 1))
                 assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -342,7 +342,7 @@ class TestKilled:
 
     def check_committed(self, path: Path, began: list[int], done: list[int]) -> int:
         """Each transaction is there whole or not at all; each that was reported is there. How many there are."""
-        with DB.open(path, on_connect=unsynced) as db:
+        with DB.open(path, on_connect=no_sync) as db:
             assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
             sequences = [n for (n,) in db.conn.execute("SELECT sequence FROM events ORDER BY sequence")]
         assert sequences == list(range(len(sequences)))

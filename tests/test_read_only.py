@@ -74,7 +74,7 @@ def count(db: DB, table: str = "runs") -> int:
     return int(db.conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
 
-READONLY = r"^attempt to write a readonly database(\n|$)"  # a note may follow
+READONLY = "^attempt to write a readonly database$"
 
 
 class TestNothingIsWritten:
@@ -127,8 +127,9 @@ class TestNothingIsWritten:
                 assert caught.value.sqlite_errorcode == sqlite3.SQLITE_READONLY
                 if db.conn.in_transaction:
                     db.conn.execute("ROLLBACK")
-            with pytest.raises(sqlite3.OperationalError, match=READONLY), db.transaction() as conn:
+            with pytest.raises(sqlite3.OperationalError) as caught, db.transaction() as conn:
                 insert_run(conn)
+            assert str(caught.value) == "attempt to write a readonly database"
             assert not db.conn.in_transaction
             assert count(db) == 1
             with ThreadPoolExecutor(1) as pool, pytest.raises(sqlite3.OperationalError, match=READONLY):

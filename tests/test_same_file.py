@@ -19,6 +19,7 @@ from support import (
     in_thread,
     insert_run,
     make_wal,
+    no_sync,
     open_files,
     rounds,
     run,
@@ -564,7 +565,7 @@ def test_eight_writers_and_no_commit_acknowledged_after_the_change(change: Calla
 
     for _ in range(rounds(5, 300)):
         appended, changed = threading.Semaphore(0), threading.Event()
-        with DB.open(file, timeout=LIMIT, on_connect=lambda conn: conn.execute("PRAGMA synchronous=OFF")) as db:
+        with DB.open(file, timeout=LIMIT, on_connect=no_sync) as db:
             with db.transaction() as conn:
                 insert_run(conn)
             with ThreadPoolExecutor(8) as pool:

@@ -19,11 +19,7 @@ import pytest
 
 from daemon_db import DB
 from daemon_db._connection import Connection
-from support import LIMIT, append_event, end, in_thread, insert_run, join, rounds, run, start, wait_for
-
-
-def no_sync(conn: sqlite3.Connection) -> None:
-    conn.execute("PRAGMA synchronous=OFF")
+from support import LIMIT, append_event, end, in_thread, insert_run, join, no_sync, rounds, run, start, wait_for
 
 
 @pytest.fixture

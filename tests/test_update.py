@@ -28,11 +28,11 @@ from support import (
     insert_run,
     insertion,
     kill_at_random,
+    no_sync,
     opened_and_killed,
     rounds,
     run,
     start,
-    unsynced,
     use_schema,
 )
 from support import FIRST as SQL
@@ -66,7 +66,7 @@ def _older_bytes(script: str, journal_mode: str) -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         path = create(Path(directory, "older.db"), script, journal_mode)
         with closing(sqlite3.connect(path, isolation_level=None)) as conn:
-            conn.execute("PRAGMA synchronous=OFF")
+            no_sync(conn)
             insert_everywhere(conn, "old-1")
             insert_everywhere(conn, "old-2")
         assert os.listdir(directory) == ["older.db"]
@@ -149,7 +149,7 @@ def test_a_missing_column_is_added(tmp_path: Path, newer: Newer, script: str, te
         before = rows(conn)
         (addition,) = _schema.missing(conn, "a name")
         assert addition.problem.startswith("events.") and addition.problem.endswith(": missing column")
-    with DB.open(path, on_connect=unsynced) as db:
+    with DB.open(path, on_connect=no_sync) as db:
         assert rows(db.conn) == before
         insert_everywhere(db.conn)
         assert [row[-1] for row in db.conn.execute("SELECT * FROM events")] == [value] * 3
@@ -605,7 +605,7 @@ def test_killed_while_updating(tmp_path: Path, newer: Newer, journal_mode: str) 
     def check(path: Path, is_done: bool) -> None:
         if not is_done:
             assert catalogue(copy(path, path.with_suffix(".copy"))) in (old, updated)
-        with DB.open(path, on_connect=unsynced) as db:
+        with DB.open(path, on_connect=no_sync) as db:
             assert rows(db.conn) == before
             assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert catalogue(path) == updated

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from daemon_db import DB, _wal
-from support import LIMIT, append_event, end, in_thread, insert_run, rounds, spare, start
+from support import LIMIT, append_event, end, in_thread, insert_run, no_sync, rounds, spare, start
 
 LOW = 1_000_000
 """The limit for these tests, in bytes: a WAL is beyond it after five of `grow`'s transactions."""
@@ -30,13 +30,9 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "daemon.db"
 
 
-def configure(conn: sqlite3.Connection) -> None:
-    conn.execute("PRAGMA synchronous=OFF")
-
-
 @pytest.fixture
 def db(file: Path) -> Iterator[DB]:
-    with DB.open(file, on_connect=configure) as db:
+    with DB.open(file, on_connect=no_sync) as db:
         insert_run(db.conn)
         insert_run(db.conn, "run-2")
         yield db
@@ -111,7 +107,7 @@ def test_readers_that_overlap_do_not_let_it_grow(file: Path, monkeypatch: pytest
             turns[1 - number].release()  # which now ends what it reads, and reads anew
         turns[1 - number].release()
 
-    with DB.open(file, timeout=LIMIT, on_connect=configure) as db:
+    with DB.open(file, timeout=LIMIT, on_connect=no_sync) as db:
         insert_run(db.conn)
         insert_run(db.conn, "run-2")
         with ThreadPoolExecutor(2) as pool:
@@ -228,7 +224,7 @@ def test_the_busy_timeout_is_what_it_was(
     reading: Callable[[DB], AbstractContextManager[None]], file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def on_connect(conn: sqlite3.Connection) -> None:
-        configure(conn)
+        no_sync(conn)
         conn.execute("PRAGMA busy_timeout=777")
 
     with DB.open(file, on_connect=on_connect) as db:
@@ -248,7 +244,7 @@ def test_the_disk_is_given_back_when_the_reader_is_gone(
     """With the limit that callers have."""
     monkeypatch.undo()
     monkeypatch.setattr(_wal, "LOOK_EVERY", 0)
-    with DB.open(file, on_connect=configure) as db:
+    with DB.open(file, on_connect=no_sync) as db:
         insert_run(db.conn)
         insert_run(db.conn, "run-2")
         with by_a_transaction(db):
@@ -273,7 +269,7 @@ def one_value(_: sqlite3.Cursor, row: tuple[object, ...]) -> object:
 @pytest.mark.parametrize("row_factory", [sqlite3.Row, as_dict, one_value])
 def test_any_row_factory(row_factory: Callable[..., object], file: Path, caplog: pytest.LogCaptureFixture) -> None:
     def on_connect(conn: sqlite3.Connection) -> None:
-        configure(conn)
+        no_sync(conn)
         conn.row_factory = row_factory
 
     with DB.open(file, on_connect=on_connect) as db:
@@ -291,7 +287,7 @@ def test_its_error_is_logged_and_the_commit_stands(pragma: str, file: Path, capl
         return sqlite3.SQLITE_DENY if denied else sqlite3.SQLITE_OK
 
     def on_connect(conn: sqlite3.Connection) -> None:
-        configure(conn)
+        no_sync(conn)
         conn.set_authorizer(deny)
 
     with DB.open(file, on_connect=on_connect, timeout=1.5) as db:
@@ -319,7 +315,7 @@ def test_an_error_of_the_checkpoint_that_is_no_reader(file: Path, caplog: pytest
         return sqlite3.SQLITE_OK
 
     def on_connect(conn: sqlite3.Connection) -> None:
-        configure(conn)
+        no_sync(conn)
         conn.set_authorizer(interrupt_checkpoint)
         conn.set_progress_handler(lambda: is_interrupted[-1], 1)
 
