@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB
+from daemon_db import DB, OpenError
 from support import in_thread, insert_run, make_wal, rounds, run
 
 
@@ -81,6 +81,15 @@ def test_any_row_factory(row_factory: object, tmp_path: Path) -> None:
         with db.snapshot():
             pass
         insert_run(db.conn)
+
+
+@pytest.mark.parametrize("removed", ["db", "db-wal", "db-shm"])
+def test_nothing_is_read_of_what_was_removed(removed: str, tmp_path: Path) -> None:
+    with DB.open(tmp_path / "db") as db:
+        insert_run(db.conn)
+        (tmp_path / removed).unlink()
+        with pytest.raises(OpenError, match="removed or replaced"), db.snapshot():
+            raise AssertionError
 
 
 class Stop(BaseException):
