@@ -449,7 +449,9 @@ class TestBackup:
         make_wal(path)
         copy.write_text("something else", encoding="ascii")
         (tmp_path / "link.db").symlink_to(copy)
+        files = open_files()
         assert command("--backup", tmp_path / "link.db", path).returncode == 0
+        assert open_files() == files
         assert (tmp_path / "link.db").is_symlink()
         good = copy.read_bytes()
         page = damage(path, "runs")
@@ -543,6 +545,22 @@ def use_meanwhile(conn, path, part, target, show):
 
 
 __main__.copy_and_check = use_meanwhile
+sys.exit(__main__.main())
+"""
+
+
+WAIT_IN_BACKUP = """
+import sys
+from daemon_db import __main__
+
+copy_and_check = __main__.copy_and_check
+
+
+def wait(conn, path, part, target, show):
+    return copy_and_check(conn, path, part, target, lambda far: (show(far), sys.stdin.readline()))
+
+
+__main__.copy_and_check = wait
 sys.exit(__main__.main())
 """
 
@@ -743,6 +761,21 @@ def test_progress_on_a_terminal_and_an_interrupt_in_the_middle(slow: Path) -> No
     assert seconds == sorted(set(seconds))
     assert seconds[0] >= 1
     assert files_in(slow.parent) == before
+
+
+def test_how_far_a_backup_has_got(tmp_path: Path) -> None:
+    path = tmp_path / "daemon.db"
+    with DB.open(path) as db:
+        insert_run(db.conn)
+        db.conn.execute(f"UPDATE runs SET {spare('runs')} = hex(zeroblob(3000000))")  # two steps of 1,000 pages
+    with contextlib.closing(Terminal()) as terminal:
+        process = start(WAIT_IN_BACKUP, "--backup", tmp_path / "copy.db", path, stderr=terminal.its)
+        terminal.read_until(f"copying {path}: 6[0-9] %")
+        print(file=process.stdin, flush=True)
+        terminal.read_until(f"copying {path}: 100 %")
+        end(process)
+    assert process.returncode == 0
+    assert (tmp_path / "copy.db").exists()
 
 
 def test_no_progress_on_a_terminal_for_what_is_quick(tmp_path: Path) -> None:

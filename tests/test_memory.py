@@ -108,6 +108,26 @@ def test_threads_take_turns_in_it() -> None:
 
 
 @shares_memory
+def test_a_commit_that_waits_for_a_reader() -> None:
+    """As it never does in a file in WAL mode."""
+    with DB.open(":memory:", timeout=0) as db:
+        insert_run(db.conn)
+        half_read = db.conn.execute("SELECT id FROM runs UNION ALL SELECT id FROM runs")
+        half_read.fetchone()
+        with pytest.raises(sqlite3.OperationalError, match="^database is locked") as caught:
+            in_thread(lambda: write(db))
+        assert caught.value.__notes__ == [":memory:: another thread reads, and in memory a writer waits for readers"]
+        half_read.close()
+        in_thread(lambda: write(db))
+        assert db.conn.execute("SELECT id FROM runs ORDER BY id").fetchall() == [("run-1",), ("run-2",)]
+
+
+def write(db: DB) -> None:
+    with db.transaction() as conn:
+        insert_run(conn, "run-2")
+
+
+@shares_memory
 def test_two_threads_that_close_it_at_once() -> None:
     """`Connection.close` isn't made for two at once: without the GIL that would crash the interpreter."""
     code = """

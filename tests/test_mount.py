@@ -273,7 +273,7 @@ def test_without_time_to_try_again_it_is_said(suffix: str, run_failing: Callable
 FIRST_REFUSED_WRITE = """
 next_descriptors = _guard.next_descriptors
 _guard.next_descriptors = lambda: []  # as where another thread takes the descriptors that were free
-path, fault = sys.argv[1:]
+path, other, fault = sys.argv[1:]
 
 
 def write_twice():
@@ -288,7 +288,7 @@ def write_twice():
         insert_run(conn, "run-new")
 
 
-with DB.open(path) as db:
+with DB.open(path) as db, DB.open(other), DB.open(other, read_only=True):  # a reader of another file explains nothing
     fail(fault)
     in_thread(write_twice)
     print(*db.conn.execute("SELECT count(*) FROM runs").fetchone())
@@ -299,7 +299,7 @@ _guard.next_descriptors = next_descriptors
 @pytest.mark.parametrize("suffix", ["db", "-wal"])
 def test_the_first_refused_write_finds_it_out(suffix: str, run_failing: Callable[..., str], tmp_path: Path) -> None:
     make_wal(tmp_path / "db")
-    output = run_failing(FIRST_REFUSED_WRITE, tmp_path / "db", f"open {suffix} {errno.EMFILE} 0 1")
+    output = run_failing(FIRST_REFUSED_WRITE, tmp_path / "db", tmp_path / "other", f"open {suffix} {errno.EMFILE} 0 1")
     assert output == "attempt to write a readonly database True\n2\n"
 
 

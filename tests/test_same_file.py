@@ -281,6 +281,23 @@ assert open_files() == before
     run(code, tmp_path / "daemon.db")
 
 
+def test_a_file_replaced_between_its_creation_and_the_first_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace_and_read(conn: sqlite3.Connection) -> None:
+        os.replace(tmp_path / "other.db", path)
+        read_first(conn)
+
+    path = tmp_path / "daemon.db"
+    make_wal(tmp_path / "other.db")
+    content = (tmp_path / "other.db").read_bytes()
+    read_first = _opening.read_first
+    monkeypatch.setattr(_opening, "read_first", replace_and_read)
+    with pytest.raises(OpenError, match=r"removed or replaced while it was opened$"):
+        DB.open(path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"daemon.db": content}
+
+
 # Another DB
 
 

@@ -109,7 +109,7 @@ def check(path: str) -> dict[str, Any]:
 
 def back_up(path: str, destination: str) -> dict[str, Any]:
     """Copy the database to a new file, check that, and rename it. Whatever fails, what is at `destination` stays."""
-    if destination in ("", "-") or "\0" in destination:
+    if destination in ("", "-"):
         raise ValueError(f"DEST must be a file name, not {destination!r}")
     target = os.path.realpath(destination)
     with progress(f"copying {path}") as show, opened_as_it_is(path) as (conn, state):
