@@ -405,6 +405,14 @@ def test_a_wal_that_is_removed_while_a_later_connection_is_opened(
             in_thread(lambda: db.conn)
 
 
+def test_what_is_known_of_closed_files_is_forgotten(tmp_path: Path) -> None:
+    with DB.open(tmp_path / "open.db"):
+        known = len(_guard._guards)
+        for number in range(10):
+            DB.open(tmp_path / f"{number}.db").close()
+        assert len(_guard._guards) <= known + 1
+
+
 # Without the lock, as on a system that has none
 
 

@@ -1,6 +1,7 @@
 """`snapshot()`: reads as of one moment, no write, and autocommit mode afterwards, whatever happens."""
 
 import contextlib
+import re
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from daemon_db import DB, OpenError
-from support import in_thread, insert_run, make_wal, rounds, run
+from support import in_thread, insert_run, make_rollback, make_wal, rounds, run
 
 
 @pytest.fixture(params=["file", "memory", "read_only"])
@@ -146,17 +147,29 @@ def test_writers_and_other_threads_go_on(tmp_path: Path) -> None:
     with DB.open(tmp_path / "db", timeout=0) as db, db.snapshot() as conn:
         in_thread(lambda: insert_run(db.conn))
         assert count(conn) == 0
-        with db_in_thread(db) as other:
-            assert other == 1
+        assert in_thread(lambda: count_in_snapshot(db)) == 1
 
 
-@contextlib.contextmanager
-def db_in_thread(db: DB) -> Iterator[int]:
-    def read() -> int:
-        with db.snapshot() as conn:
-            return count(conn)
+def count_in_snapshot(db: DB) -> int:
+    with db.snapshot() as conn:
+        return count(conn)
 
-    yield in_thread(read)
+
+def test_a_file_that_cannot_be_read_yet(tmp_path: Path) -> None:
+    """In rollback-journal mode, a reader waits for another program's commit."""
+    make_rollback(tmp_path / "db")
+    with (
+        DB.open(tmp_path / "db", timeout=0.1, read_only=True) as db,
+        contextlib.closing(sqlite3.connect(tmp_path / "db", isolation_level=None)) as other,
+    ):
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(sqlite3.OperationalError, match="^database is locked") as caught, db.snapshot():
+            raise AssertionError
+        (note,) = caught.value.__notes__
+        assert re.fullmatch(rf"{re.escape(db.path)}: waited [0-9]+\.[0-9] s for another connection", note)
+        other.execute("COMMIT")
+        is_as_before(db)
+        assert count_in_snapshot(db) == 1
 
 
 def test_of_a_closed_db(tmp_path: Path) -> None:
