@@ -468,6 +468,40 @@ def test_a_file_that_is_mounted_by_itself(tmp_path: Path) -> None:
     assert files_in(data) == in_data
 
 
+WITHOUT_PROC = """
+import logging, sys
+from daemon_db import DB, _guard
+from support import insert_run
+
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+_guard.next_descriptors = lambda: []  # as where another thread takes the descriptors that were free
+with DB.open(sys.argv[1]) as db, db.transaction() as conn:
+    insert_run(conn)
+"""
+
+
+@can_mount
+def test_without_proc(tmp_path: Path) -> None:
+    """There SQLite's descriptors aren't found. The rest works, and it is said."""
+    path = tmp_path / "daemon.db"
+    hidden = ["sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+    done = subprocess.run(
+        [*IN_A_NAMESPACE, *hidden, sys.executable, "-W", "error", "-c", WITHOUT_PROC, path],
+        env=ENVIRONMENT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=LIMIT,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    created, no_lock = sorted(done.stdout.splitlines(), key=len)
+    assert created.endswith("created")
+    assert no_lock.startswith(
+        f"{path}: there is no lock of an open file description ([Errno 2] No such file or directory: '/proc/self/fd'): "
+    )
+    with DB.open(path, read_only=True) as db:
+        assert db.conn.execute("SELECT id FROM runs").fetchall() == [("run-1",)]
+
+
 @can_mount
 def test_a_directory_that_is_mounted(tmp_path: Path) -> None:
     """As the words say: with what is in the -wal."""
