@@ -319,6 +319,37 @@ def test_no_child_slips_through_while_another_thread_opens_and_closes(tmp_path: 
     )
 
 
+def test_no_fork_in_the_middle_of_a_change(tmp_path: Path) -> None:
+    """Without the GIL, the child would find the dict locked, for ever."""
+    run_forking(
+        f"""
+        from daemon_db import _place, _process
+
+        def change():
+            while not ended.is_set():
+                with _process.lock:
+                    _process.open_files[ended] = file
+                    os.stat(path)  # another thread may run now
+                    del _process.open_files[ended]
+
+        DB.open(path).close()
+        file, ended = _place.locate(path, read_only=False), threading.Event()
+        file.id = os.stat(path).st_dev, os.stat(path).st_ino
+        thread = threading.Thread(target=change, daemon=True)
+        thread.start()
+        for _ in range({rounds(20, 1000)}):
+            if not (child := fork()):
+                in_thread(lambda: DB.open(path).close())  # in the middle of a change, refused
+                os._exit(0)
+            check(child)
+        ended.set()
+        join(thread)
+        """,
+        tmp_path,
+        ways="os._exit,",
+    )
+
+
 def test_forks_while_other_threads_use_the_db(tmp_path: Path) -> None:
     """Each child is refused; the parent's threads notice nothing."""
     run_forking(

@@ -389,20 +389,25 @@ def test_where_begin_fails_the_reason_is_the_lost_wal(tmp_path: Path) -> None:
                 pass
 
 
+@pytest.mark.parametrize("timeout", [0, 5])
 def test_a_wal_that_is_removed_while_a_later_connection_is_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    timeout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """That ends the `DB` at once, for all threads: the next try might find a new WAL, and nothing wrong with it."""
+
     def read_and_remove(conn: sqlite3.Connection) -> None:
         read_first(conn)
         os.remove(f"{path}-wal")
 
     path = tmp_path / "daemon.db"
     read_first = _opening.read_first
-    with DB.open(path) as db:
+    with DB.open(path, timeout=timeout) as db:
         insert_run(db.conn)
         monkeypatch.setattr(_opening, "read_first", read_and_remove)
         with pytest.raises(OpenError, match=LOST):
             in_thread(lambda: db.conn)
+        with pytest.raises(OpenError, match=LOST):
+            _ = db.conn
 
 
 def test_what_is_known_of_closed_files_is_forgotten(tmp_path: Path) -> None:

@@ -71,12 +71,14 @@ class Connection(sqlite3.Connection):
         self.connections = thread.connections
         """All connections of the thread."""
         self._thread = threading.get_ident()
-        _process.open_files[self] = state.file
         try:
+            with _process.lock:
+                _process.open_files[self] = state.file
             uri = state.file.uri(state.file.mode())
             super().__init__(uri, timeout=state.timeout, isolation_level=None, uri=True)
         except BaseException:
-            del _process.open_files[self]
+            with _process.lock:
+                _process.open_files.pop(self, None)
             raise
         self.connections[state] = self  # not by the caller, which a signal's exception may keep from getting this
         # A circle on purpose: SQLite refers to the function, and the function to the connection. So nothing but close()
@@ -94,8 +96,8 @@ class Connection(sqlite3.Connection):
         In another thread, leave that to the connection's own thread; in a forked child, to the parent. Closing in the
         middle of a statement (in an SQL function, for one) crashes Python.
         """
-        if self not in _process.open_files or self.state.pid != os.getpid():
-            return  # closed already, or the parent's
+        if self.state.pid != os.getpid() or not _process.has_open(self):
+            return  # the parent's, or closed already
         if self._thread != threading.get_ident():
             self.is_usable = False  # its own thread closes it when that thread next uses the DB, or ends
             return
@@ -107,7 +109,8 @@ class Connection(sqlite3.Connection):
         with _wal.left_as_it_is(self.state.file) if leaves_wal else contextlib.nullcontext():
             is_closed = self._close()
         if is_closed:
-            del _process.open_files[self]
+            with _process.lock:
+                del _process.open_files[self]
         if self.connections.get(self.state) is self:
             del self.connections[self.state]
         with contextlib.suppress(RuntimeError):  # this thread doesn't have the turn

@@ -23,6 +23,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 
+from . import _process
 from ._place import File, FileId, find_id
 from .errors import NO_DESCRIPTORS, WAL_REMOVED
 
@@ -46,7 +47,10 @@ class Guard:
         self._wal_id: FileId | None = None
         self._index_id: FileId | None = None
         self._locks: dict[int, tuple[FileId, Bytes]] = {}
-        """For each descriptor that the lock is on: the file that is open there, and which bytes are locked."""
+        """For each descriptor that the lock is on: the file that is open there, and which bytes are locked.
+
+        Changed under `_process.lock`, because a forked child looks at this.
+        """
 
     def join(self, conn: object, file: File, likely: Iterable[int]) -> str | None:
         """For a connection that has just read for the first time, and so has opened the WAL.
@@ -123,7 +127,8 @@ class Guard:
         this process has a lock on the file.
         """
         wanted = {file.id: _SHARED, self._index_id: _IN_USE}
-        self._locks = {each: lock for each, lock in self._locks.items() if find_id(each) == lock[0]}
+        with _process.lock:
+            self._locks = {each: lock for each, lock in self._locks.items() if find_id(each) == lock[0]}
         try:
             if _SETLK is None:
                 raise OSError("this system has none")
@@ -131,10 +136,11 @@ class Guard:
             # A process has the -shm open once, for all its connections. So this is found out before another one joins.
             if file.may_write_index() and any(each == self._index_id and _is_read_only(n) for n, each in found.items()):
                 return NO_DESCRIPTORS
-            for descriptor, file_id in found.items():
-                self._locks[descriptor] = file_id, wanted[file_id]  # before there is a lock: a fork may come between
-                with _unless_closed():
-                    _set(descriptor, fcntl.F_RDLCK, wanted[file_id])
+            with _process.lock:  # so that no fork comes between
+                for descriptor, file_id in found.items():
+                    self._locks[descriptor] = file_id, wanted[file_id]
+                    with _unless_closed():
+                        _set(descriptor, fcntl.F_RDLCK, wanted[file_id])
             locked = {file_id for each, (file_id, _) in self._locks.items() if find_id(each) == file_id}
             if file.id not in locked:
                 raise OSError("SQLite's descriptor was not found")
@@ -166,11 +172,12 @@ class Guard:
             self._release()
 
     def _release(self) -> None:
-        for descriptor, (file_id, area) in self._locks.items():
-            if find_id(descriptor) == file_id:
-                with _unless_closed():
-                    _set(descriptor, fcntl.F_UNLCK, area)
-        self._locks.clear()
+        with _process.lock:
+            for descriptor, (file_id, area) in self._locks.items():
+                if find_id(descriptor) == file_id:
+                    with _unless_closed():
+                        _set(descriptor, fcntl.F_UNLCK, area)
+            self._locks.clear()
 
     def let_go_in_child(self) -> None:
         """Close in a forked child what the lock is on: else the lock would outlive the parent.
@@ -186,14 +193,13 @@ class Guard:
 
 
 _guards: dict[FileId, weakref.ref[Guard]] = {}
-_mutex = threading.RLock()
 
 
 def guard_of(file: File) -> Guard:
     """The one that this process has for the file."""
     if file.id is None:
         raise ValueError(f"{file.path} has not been opened")
-    with _mutex:
+    with _process.lock:
         guard = _get(file.id)
         if guard is None:
             # No WeakValueDictionary: a signal's exception that strikes in its callbacks is lost.
@@ -206,7 +212,8 @@ def guard_of(file: File) -> Guard:
 
 def is_lost(file: File) -> bool:
     """Whether this process has the file open and has lost the WAL. SQLite would read a new WAL by the old index."""
-    guard = _get(file.id)
+    with _process.lock:
+        guard = _get(file.id)
     return guard is not None and guard.is_lost(file)
 
 
@@ -216,10 +223,8 @@ def _get(file_id: FileId | None) -> Guard | None:
 
 
 def _after_fork_in_child() -> None:
-    global _mutex
     guards = [_get(file_id) for file_id in _guards]
     _guards.clear()
-    _mutex = threading.RLock()  # another thread may have had it at the fork
     for guard in guards:
         if guard is not None:
             guard.let_go_in_child()

@@ -198,6 +198,7 @@ def keep_wal(conn: Connection, likely: list[int]) -> None:
     state = conn.state
     if reason := conn.join_guard(likely):
         state.file.refuse_replaced()
+        state.end_if_wal_is_lost()
         raise TryAgain(state.file.path, reason)
 
 

@@ -4,6 +4,7 @@ https://sqlite.org/howtocorrupt.html, 2.6.
 """
 
 import os
+import threading
 
 from ._place import File, FileId
 from .errors import STILL_OPEN, OpenError
@@ -11,11 +12,14 @@ from .errors import STILL_OPEN, OpenError
 pid = os.getpid()
 """The id of this process, asked for once: os.getpid() takes a quarter of the time of a `SELECT 1`."""
 
-open_files: dict[object, File] = {}
-"""The file of each connection, from before SQLite is asked to open the file until the connection is closed.
+lock = threading.RLock()
+"""For `open_files` and whatever else a forked child looks at first. Each fork waits for this lock.
 
-To set or delete an item is atomic, and so is to copy all of them.
+Without the GIL, every dict has a lock of its own for a moment. A child for which another thread had it would hang.
 """
+
+open_files: dict[object, File] = {}
+"""The file of each connection, from before SQLite is asked to open the file until the connection is closed."""
 
 _inherited: set[FileId | str] = set()
 """What was in `open_files` when this process was forked: inodes, or the paths of files that were being created."""
@@ -31,9 +35,21 @@ def _after_fork_in_child() -> None:
     pid = os.getpid()
     _inherited.update(file.id or file.real_path for file in open_files.values())
     open_files.clear()
+    lock.release()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=_after_fork_in_child)
+
+
+def has_open(connection: object) -> bool:
+    """Whether the connection is open, or being opened."""
+    with lock:
+        return connection in open_files
+
+
+def _files() -> list[File]:
+    with lock:
+        return list(open_files.values())
 
 
 def refuse_inherited(file: File) -> None:
@@ -53,7 +69,7 @@ def refuse_inherited(file: File) -> None:
 
 def other_name(file: File) -> str | None:
     """By which other name this process has the file open. A file that has two names (hard links) has a WAL for each."""
-    for other in list(open_files.values()):
+    for other in _files():
         if other.id == file.id and os.path.realpath(other.real_path) != os.path.realpath(file.real_path):
             return other.path if other.is_there() else None
     return None
@@ -61,7 +77,7 @@ def other_name(file: File) -> str | None:
 
 def has_reader(file: File) -> bool:
     """Whether this process has a connection to the file that may only read."""
-    return any(other.id == file.id and other.mode() == "ro" for other in list(open_files.values()))
+    return any(other.id == file.id and other.mode() == "ro" for other in _files())
 
 
 def refuse_index_in_use(file: File) -> None:
@@ -71,7 +87,7 @@ def refuse_index_in_use(file: File) -> None:
     Threads that have the old file open would then crash (SIGBUS), or write into the new file's index.
     """
     index_id = file.index_id()
-    for other in list(open_files.values()):
+    for other in _files():
         is_another = other.id is not None and other.id != file.id
         if index_id and is_another and not other.is_there() and other.index_id() == index_id:
             raise OpenError(file.path, STILL_OPEN)
