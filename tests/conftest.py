@@ -1,6 +1,7 @@
 """What pytest begins with, whoever starts it, and what it says: which SQLite is tested, and whether there is a GIL."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import sys
@@ -29,6 +30,13 @@ def first_schema() -> Iterator[None]:
     use_schema(FIRST)
     yield
     use_schema(shipped)
+
+
+@pytest.fixture
+def sqlite3_program() -> None:
+    """For a test that needs it, as one more program that opens the file, or as the README says."""
+    if not shutil.which("sqlite3"):
+        pytest.skip("needs the sqlite3 command-line program")
 
 
 @pytest.fixture(scope="module", params=CHANGES)

@@ -330,11 +330,13 @@ class Fork:
         try:
             exec(code, variables)
             status = 0
-        except SystemExit as error:
-            status = int(error.code or 0)
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            if isinstance(error, SystemExit) and not isinstance(error.code, str):
+                status = int(error.code or 0)
+            else:
+                traceback.print_exc()
         finally:
+            threading._shutdown()  # type: ignore[attr-defined]  # waits for those that are no daemons
             atexit._run_exitfuncs()
             variables.clear()
             gc.collect()
@@ -519,6 +521,8 @@ while running:
         if not line:
             running.remove(number)
             printed[number] += "".join(end(processes[number]))
+            if status := processes[number].returncode:
+                printed[number] += f"exit status {status}\\n"
     for number in running:
         processes[number].stdin.write("go\\n")
         processes[number].stdin.flush()

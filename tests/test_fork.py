@@ -331,6 +331,7 @@ def test_no_fork_in_the_middle_of_a_change(tmp_path: Path) -> None:
                     _process.open_files[ended] = file
                     os.stat(path)  # another thread may run now
                     del _process.open_files[ended]
+                os.stat(path)  # a fork may have the lock now
 
         DB.open(path).close()
         file, ended = _place.locate(path, read_only=False), threading.Event()

@@ -205,6 +205,7 @@ def check_whole(path: Path, acknowledged: list[str]) -> None:
     assert set(acknowledged) - there == set()
 
 
+@pytest.mark.usefixtures("sqlite3_program")
 @has_lock
 @pytest.mark.parametrize("way", WITH_APSW)
 @pytest.mark.parametrize(
@@ -286,6 +287,7 @@ print(*acknowledged, sep="\\n")
 """
 
 
+@pytest.mark.usefixtures("sqlite3_program")
 @has_lock
 def test_threads_that_open_and_close_and_end_never_lose_it(forks: Forks, tmp_path: Path) -> None:
     """While another thread drops SQLite's locks all the time, and other processes come and go."""
@@ -316,6 +318,7 @@ with open(sys.argv[1], "r+b") as file:
 """
 
 
+@pytest.mark.usefixtures("sqlite3_program")
 @has_lock
 @pytest.mark.parametrize("which", ["the first", "another"])
 @pytest.mark.parametrize("then", ["nothing", WRITE_AND_STAY, HOLD_EXCLUSIVE], ids=["nothing", "made anew", "locked"])
@@ -421,6 +424,7 @@ def test_what_is_known_of_closed_files_is_forgotten(tmp_path: Path) -> None:
 # Without the lock, as on a system that has none
 
 
+@pytest.mark.usefixtures("sqlite3_program")
 @pytest.mark.parametrize("last", ["daemon", "other"])
 @pytest.mark.parametrize("way", ["all", pytest.param("apsw", marks=WITH_APSW[-1].marks)])
 def test_without_the_lock_the_loss_is_found_out(way: str, last: str, forks: Forks, tmp_path: Path) -> None:
@@ -479,6 +483,7 @@ print(len(open_files()) - len(before))
 """
 
 
+@pytest.mark.usefixtures("sqlite3_program")
 @pytest.mark.parametrize("who", ["transaction", "a new thread", "a new DB"])
 def test_the_first_loss_ends_the_db_for_all_threads(who: str, forks: Forks, tmp_path: Path) -> None:
     path = tmp_path / "daemon.db"
@@ -572,6 +577,7 @@ def test_what_was_removed_by_hand_is_found_out(
             check_whole(path, ["run-1", "other"] if what == "writes" else ["run-1"])
 
 
+@pytest.mark.usefixtures("sqlite3_program")
 @has_lock
 @pytest.mark.parametrize(
     ("removed", "look"),
@@ -725,6 +731,7 @@ db.close()
 }
 
 
+@pytest.mark.usefixtures("sqlite3_program")
 @pytest.mark.parametrize("end", [pytest.param(code, marks=has_lock, id=name) for name, code in ENDS.items()])
 def test_a_daemon_that_has_lost_its_wal_overwrites_nothing(end: str, forks: Forks, tmp_path: Path) -> None:
     path = tmp_path / "daemon.db"
@@ -738,6 +745,7 @@ def count(db: DB) -> tuple[int]:
     return found
 
 
+@pytest.mark.usefixtures("sqlite3_program")
 @has_lock
 def test_a_daemon_that_only_reads_stays_up_to_date(forks: Forks, tmp_path: Path) -> None:
     path = tmp_path / "daemon.db"
@@ -995,6 +1003,7 @@ with DB.open(sys.argv[1]) as db:
     run(code, tmp_path / "daemon.db")
 
 
+@pytest.mark.usefixtures("sqlite3_program")
 @has_lock
 def test_the_lock_is_not_on_a_descriptor_that_somebody_else_may_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

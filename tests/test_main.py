@@ -9,7 +9,6 @@ import pty
 import re
 import resource
 import select
-import shutil
 import signal
 import sqlite3
 import stat
@@ -129,7 +128,7 @@ class TestWhatItFinds:
             "rows": dict.fromkeys(_schema.tables(), 0) | {"runs": 1, "events": 2},
         } | ({"to_add": [], "damaged": False, "problems": []} if check else {"added": []})
 
-    @pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command-line program")
+    @pytest.mark.usefixtures("sqlite3_program")
     @pytest.mark.parametrize("check", [[], ["--check"]])
     def test_a_database_that_another_program_made(self, check: list[str], tmp_path: Path) -> None:
         """Without --check it is taken over, in WAL mode from then on."""

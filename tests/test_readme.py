@@ -167,7 +167,7 @@ def test_the_benchmark_starts() -> None:
     assert "--quick" in run("tests/benchmark.py", "--help", cwd=ROOT)
 
 
-@pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command-line program")
+@pytest.mark.usefixtures("sqlite3_program")
 @pytest.mark.parametrize("kept", ["with the -wal", "without it"])
 def test_what_can_be_read_of_a_damaged_file(kept: str, tmp_path: Path) -> None:
     """To the letter: three pages are gone, and 500 commits are in the -wal alone."""
@@ -220,7 +220,7 @@ def test_what_can_be_read_of_a_damaged_file(kept: str, tmp_path: Path) -> None:
     assert steps > 3000
 
 
-@pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs the sqlite3 command-line program")
+@pytest.mark.usefixtures("sqlite3_program")
 def test_restore_into_a_live_file(tmp_path: Path) -> None:
     """The daemon goes on with what was restored. `cp` would destroy the file."""
     (command,) = re.findall(r"`([^`]* --check && sqlite3 [^`]*\.restore [^`]*)`", README)

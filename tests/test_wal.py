@@ -73,6 +73,7 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert _wal.LIMIT == 16 * 2**20
+    assert f"may wait {_wal.PATIENCE} seconds for readers" in str(DB.transaction.__doc__)
 
 
 def test_it_is_emptied_when_it_is_beyond_the_limit(db: DB, caplog: pytest.LogCaptureFixture) -> None:
