@@ -11,9 +11,8 @@ daemon_db takes, what is promised, and "ok" or "MISSED", or "-" where nothing is
 exit status is 1. At the end all of it comes once more, in short, as the table of tests/README.md.
 
 The two are measured in turn, and take turns in being first; the ratio is the median of the ratios of these pairs. So
-what else the machine does meanwhile matters little. (With many open files and with few is measured one after the other.)
-The databases are made in the directory for temporary files: set
-TMPDIR to choose the disk.
+what else the machine does meanwhile matters little. Only with many open files and with few, one is measured after the
+other. The databases are made in the directory for temporary files: set TMPDIR to choose the disk.
 """
 
 import argparse

@@ -9,11 +9,12 @@ import fcntl
 import importlib.util
 import logging
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import pytest
 
 from daemon_db import DB, OpenError, _guard, _opening, _process
 from daemon_db._connection import thread
+from daemon_db._place import File
 from support import (
     LIMIT,
     Forks,
@@ -514,6 +516,73 @@ def test_where_the_lock_is_not_to_be_had_one_line_says_so(
 
 
 # Removed by hand
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[File]:
+    """Every look at a -wal itself."""
+    found: list[File] = []
+    wal_id = File.wal_id
+    monkeypatch.setattr(File, "wal_id", lambda file: (found.append(file), wal_id(file))[1])
+    return found
+
+
+def settle(db: DB, looks: list[File]) -> None:
+    """Commit until the directory alone tells that the -wal is there."""
+    deadline = time.monotonic() + LIMIT
+    while True:
+        looks.clear()
+        with db.transaction():
+            pass
+        if not looks:
+            return
+        if time.monotonic() > deadline:
+            raise AssertionError
+
+
+def test_the_wal_is_looked_at_only_if_its_directory_was_changed(looks: list[File], tmp_path: Path) -> None:
+    with DB.open(tmp_path / "daemon.db") as db:
+        settle(db, looks)
+        (tmp_path / "another").touch()
+        with db.transaction() as conn:
+            insert_run(conn)
+        assert looks
+        settle(db, looks)
+
+
+def put_a_copy_in_its_place(wal: str) -> None:
+    os.replace(shutil.copyfile(wal, f"{wal}-copy"), wal)
+
+
+@pytest.mark.parametrize("is_found_later", [False, True])
+@pytest.mark.parametrize("change", [os.remove, put_a_copy_in_its_place])
+def test_a_wal_that_is_removed_or_replaced_after_many_commits(
+    change: Callable[[str], None], is_found_later: bool, looks: list[File], tmp_path: Path
+) -> None:
+    with DB.open(tmp_path / "daemon.db") as db:
+        settle(db, looks)
+        with pytest.raises(OpenError, match=LOST), db.transaction() as conn:
+            insert_run(conn)
+            change(f"{db.path}-wal")
+            deadline = time.monotonic() + LIMIT
+            while is_found_later and not _guard._shows_later_changes(os.stat(tmp_path), time.time()):
+                assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize(
+    ("changed", "now", "is_sure"),
+    [
+        (1000.5, 1000.5, False),
+        (1000.5, 1000.54, False),  # the clock may not have ticked
+        (1000.5, 1000.6, True),
+        (1000.5, 990.0, False),  # the clock was set back
+        (1000.0, 1002.5, False),  # FAT counts in two seconds
+        (1000.0, 1003.5, True),
+    ],
+)
+def test_when_a_directory_is_sure_to_show_the_next_change(changed: float, now: float, is_sure: bool) -> None:
+    status = os.stat_result([0] * 10, {"st_ctime": changed, "st_ctime_ns": int(changed * 10**9)})
+    assert _guard._shows_later_changes(status, now) is is_sure
 
 
 REMOVALS = {"-wal": ["-wal"], "-shm": ["-shm"], "both": ["-wal", "-shm"]}

@@ -20,6 +20,7 @@ import select
 import struct
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 
@@ -33,6 +34,7 @@ _log = logging.getLogger("daemon_db")
 _SETLK: int | None = getattr(fcntl, "F_OFD_SETLK", None) if sys.platform == "linux" else None
 
 Bytes = tuple[int, int]  # the first one, and how many
+Version = tuple[int, int, int]  # of a directory: its device, its inode, and when it was last changed
 _SHARED = (0x40000002, 510)  # of the file: SQLite's SHARED lock (SHARED_FIRST and SHARED_SIZE in os_unix.c)
 _IN_USE = (128, 1)  # of the -shm: by this byte SQLite sees that somebody uses it (UNIX_SHM_DMS in os_unix.c)
 
@@ -44,6 +46,8 @@ class Guard:
         self.mutex = threading.RLock()
         """For joining, and for leaving together with SQLite's close."""
         self._connections: set[object] = set()
+        self._directory: Version | None = None
+        """What the directory was when the -wal was last seen there; None if that doesn't tell enough."""
         self._wal_id: FileId | None = None
         self._index_id: FileId | None = None
         self._locks: dict[int, tuple[FileId, Bytes]] = {}
@@ -87,8 +91,19 @@ class Guard:
         return bool(self._locks)
 
     def has_wal(self, file: File) -> bool:
-        """Whether the -wal beside the file is the one that the connections have."""
-        return file.wal_id() == self._wal_id is not None
+        """Whether the -wal beside the file is the one that the connections have.
+
+        The -wal itself is looked at only if something in the directory was added, removed or renamed since the last
+        look. To look at it makes the next fsync take a seventh longer: once somebody has seen a file's times, Linux
+        keeps the next ones exactly, and has more to write (multigrain timestamps, from 6.13 on).
+        """
+        status = file.directory_status()
+        directory = (status.st_dev, status.st_ino, status.st_ctime_ns) if status else None
+        if directory is not None and directory == self._directory:
+            return True
+        is_there = file.wal_id() == self._wal_id is not None
+        self._directory = directory if is_there and status and _shows_later_changes(status, time.time()) else None
+        return is_there
 
     def has_index(self, file: File) -> bool:
         """Whether the -shm beside the file is the one that the connections have."""
@@ -276,6 +291,15 @@ def refused_lock(file: File) -> OSError | None:
             if error.errno != errno.EBADF:
                 return error
     return None
+
+
+def _shows_later_changes(directory: os.stat_result, now: float) -> bool:
+    """Whether any change of the directory from now on gives it another time of change.
+
+    The clock for these times ticks up to every 10 ms. FAT counts in two seconds, and some others in seconds.
+    """
+    counts_in_seconds = directory.st_ctime_ns % 10**9 == 0
+    return now - directory.st_ctime > (3 if counts_in_seconds else 0.05)
 
 
 def _is_read_only(descriptor: int) -> bool:

@@ -196,6 +196,10 @@ class File:
         if not status.st_size:
             raise OpenError(self.path, WAL_WITHOUT_FILE if self.wal_size() else REPLACED)
 
+    def directory_status(self) -> os.stat_result | None:
+        """The operating system's answer for the directory in which the file and its WAL are."""
+        return status_of(os.path.dirname(self.real_path))
+
     def wal_id(self) -> FileId | None:
         """The -wal, if there is one: of a process that has the file open now, or of one that was killed."""
         return find_id(f"{self.real_path}-wal")

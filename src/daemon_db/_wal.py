@@ -67,8 +67,8 @@ LIMIT = 16 * 2**20
 """Bytes that the WAL may have before a commit checkpoints all of it. SQLite's own checkpoints are at 4 MB."""
 
 LOOK_EVERY = 0.01
-"""Seconds from one look at the WAL's size to the next. A look after each commit costs eight threads a quarter of their
-commits per second: just after an fsync, `stat` takes long.
+"""Seconds from one look at the WAL's size to the next. A look after each commit would make each fsync take longer (see
+`Guard.has_wal`).
 """
 
 PATIENCE = 0.2
