@@ -38,6 +38,9 @@ Version = tuple[int, int, int]  # of a directory: its device, its inode, and whe
 _SHARED = (0x40000002, 510)  # of the file: SQLite's SHARED lock (SHARED_FIRST and SHARED_SIZE in os_unix.c)
 _IN_USE = (128, 1)  # of the -shm: by this byte SQLite sees that somebody uses it (UNIX_SHM_DMS in os_unix.c)
 
+SETTLED_AFTER = 1.0
+"""Seconds after a change of a directory from which on any later change is sure to give it another time."""
+
 
 class Guard:
     """What all connections of this process to one file share: which WAL they have, and the lock that keeps it there."""
@@ -47,13 +50,15 @@ class Guard:
         """For joining, and for leaving together with SQLite's close."""
         self._connections: set[object] = set()
         self._directory: Version | None = None
-        """What the directory was when the -wal was last seen there; None if that doesn't tell enough."""
+        """What the directory was when the -wal was last seen there; None if a later change might not show."""
+        self._shows_changes: bool | None = None
+        """Whether the directory's time tells of each change, once that was asked."""
         self._wal_id: FileId | None = None
         self._index_id: FileId | None = None
         self._locks: dict[int, tuple[FileId, Bytes]] = {}
         """For each descriptor that the lock is on: the file that is open there, and which bytes are locked.
 
-        Changed under `_process.lock`, because a forked child looks at this.
+        Always a new dict, because a forked child reads it (see `_process.lock`).
         """
 
     def join(self, conn: object, file: File, likely: Iterable[int]) -> str | None:
@@ -64,6 +69,7 @@ class Guard:
         """
         with self.mutex:
             if not self._connections:
+                self._directory = None
                 self._wal_id, self._index_id = file.wal_id(), file.index_id()
                 if reason := self._lock(file, likely):
                     return reason
@@ -93,16 +99,22 @@ class Guard:
     def has_wal(self, file: File) -> bool:
         """Whether the -wal beside the file is the one that the connections have.
 
-        The -wal itself is looked at only if something in the directory was added, removed or renamed since the last
-        look. To look at it makes the next fsync take a seventh longer: once somebody has seen a file's times, Linux
-        keeps the next ones exactly, and has more to write (multigrain timestamps, from 6.13 on).
+        To look at the -wal makes the next fsync take a seventh longer: once somebody has seen a file's times, Linux
+        keeps the next ones exactly, and has more to write (multigrain timestamps, from 6.13 on). So where this is so,
+        the directory is looked at instead. The -wal is looked at if something was added there, removed or renamed, and
+        for a second after that: the name may still be there when the directory has its new time.
         """
-        status = file.directory_status()
+        status = None if self._shows_changes is False else file.directory_status()
         directory = (status.st_dev, status.st_ino, status.st_ctime_ns) if status else None
         if directory is not None and directory == self._directory:
             return True
+        now = time.time()
         is_there = file.wal_id() == self._wal_id is not None
-        self._directory = directory if is_there and status and _shows_later_changes(status, time.time()) else None
+        self._directory = None
+        if is_there and status and now - status.st_ctime > SETTLED_AFTER:
+            if self._shows_changes is None:
+                self._shows_changes = file.has_exact_times()
+            self._directory = directory if self._shows_changes else None
         return is_there
 
     def has_index(self, file: File) -> bool:
@@ -142,8 +154,7 @@ class Guard:
         this process has a lock on the file.
         """
         wanted = {file.id: _SHARED, self._index_id: _IN_USE}
-        with _process.lock:
-            self._locks = {each: lock for each, lock in self._locks.items() if find_id(each) == lock[0]}
+        self._locks = {each: lock for each, lock in self._locks.items() if find_id(each) == lock[0]}
         try:
             if _SETLK is None:
                 raise OSError("this system has none")
@@ -151,11 +162,11 @@ class Guard:
             # A process has the -shm open once, for all its connections. So this is found out before another one joins.
             if file.may_write_index() and any(each == self._index_id and _is_read_only(n) for n, each in found.items()):
                 return NO_DESCRIPTORS
-            with _process.lock:  # so that no fork comes between
-                for descriptor, file_id in found.items():
-                    self._locks[descriptor] = file_id, wanted[file_id]
-                    with _unless_closed():
-                        _set(descriptor, fcntl.F_RDLCK, wanted[file_id])
+            # Before there are locks: a fork may come between.
+            self._locks = self._locks | {each: (file_id, wanted[file_id]) for each, file_id in found.items()}
+            for descriptor, file_id in found.items():
+                with _unless_closed():
+                    _set(descriptor, fcntl.F_RDLCK, wanted[file_id])
             locked = {file_id for each, (file_id, _) in self._locks.items() if find_id(each) == file_id}
             if file.id not in locked:
                 raise OSError("SQLite's descriptor was not found")
@@ -187,12 +198,11 @@ class Guard:
             self._release()
 
     def _release(self) -> None:
-        with _process.lock:
-            for descriptor, (file_id, area) in self._locks.items():
-                if find_id(descriptor) == file_id:
-                    with _unless_closed():
-                        _set(descriptor, fcntl.F_UNLCK, area)
-            self._locks.clear()
+        for descriptor, (file_id, area) in self._locks.items():
+            if find_id(descriptor) == file_id:
+                with _unless_closed():
+                    _set(descriptor, fcntl.F_UNLCK, area)
+        self._locks = {}
 
     def let_go_in_child(self) -> None:
         """Close in a forked child what the lock is on: else the lock would outlive the parent.
@@ -291,15 +301,6 @@ def refused_lock(file: File) -> OSError | None:
             if error.errno != errno.EBADF:
                 return error
     return None
-
-
-def _shows_later_changes(directory: os.stat_result, now: float) -> bool:
-    """Whether any change of the directory from now on gives it another time of change.
-
-    The clock for these times ticks up to every 10 ms. FAT counts in two seconds, and some others in seconds.
-    """
-    counts_in_seconds = directory.st_ctime_ns % 10**9 == 0
-    return now - directory.st_ctime > (3 if counts_in_seconds else 0.05)
 
 
 def _is_read_only(descriptor: int) -> bool:

@@ -14,6 +14,8 @@ _NETWORK = frozenset(
     " lustre ncpfs nfs nfs4 ocfs2 orangefs prl_fs pvfs2 smb3 smbfs vboxsf virtiofs".split()
 )
 
+_EXACT = frozenset("btrfs ext4 tmpfs xfs".split())  # not FAT's root: it has no time; a union's may be another branch's
+
 
 def is_mount_point(path: str) -> bool:
     """Whether something is mounted at the path."""
@@ -26,9 +28,18 @@ def is_mount_point(path: str) -> bool:
 
 def network_file_system(path: str) -> str | None:
     """The name of the file system that the path lies in, if machines may share that. None, too, if nothing is known."""
-    line = _mount_of(_escaped(os.path.realpath(path)), _mounts())
-    name = os.fsdecode(line.partition(b" - ")[2].split(b" ", 1)[0])
+    name = _file_system(path)
     return name if name in _NETWORK else None
+
+
+def has_exact_times(path: str) -> bool:
+    """Whether the path lies in a file system of which Linux keeps exact times."""
+    return _file_system(path) in _EXACT
+
+
+def _file_system(path: str) -> str:
+    line = _mount_of(_escaped(os.path.realpath(path)), _mounts())
+    return os.fsdecode(line.partition(b" - ")[2].split(b" ", 1)[0])
 
 
 def _mount_of(path: bytes, mounts: bytes) -> bytes:

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import stat
 
-from ._mount import is_mount_point, network_file_system
+from ._mount import has_exact_times, is_mount_point, network_file_system
 from .errors import (
     HOT_JOURNAL,
     MOUNTED_ALONE,
@@ -199,6 +199,10 @@ class File:
     def directory_status(self) -> os.stat_result | None:
         """The operating system's answer for the directory in which the file and its WAL are."""
         return status_of(os.path.dirname(self.real_path))
+
+    def has_exact_times(self) -> bool:
+        """Whether each change of the directory gives it another time."""
+        return has_exact_times(self.real_path)
 
     def wal_id(self) -> FileId | None:
         """The -wal, if there is one: of a process that has the file open now, or of one that was killed."""

@@ -13,15 +13,16 @@ pid = os.getpid()
 """The id of this process, asked for once: os.getpid() takes a quarter of the time of a `SELECT 1`."""
 
 lock = threading.RLock()
-"""For `open_files` and whatever else a forked child looks at first. Each fork waits for this lock.
+"""For what a forked child reads while it is forked. Each fork waits for this lock.
 
-Without the GIL, every dict has a lock of its own for a moment. A child for which another thread had it would hang.
+Without the GIL, each dict and set has a lock of its own. If another thread has that lock at the fork, it stays taken in
+the child for ever, and the child hangs.
 """
 
 open_files: dict[object, File] = {}
 """The file of each connection, from before SQLite is asked to open the file until the connection is closed."""
 
-_inherited: set[FileId | str] = set()
+_inherited: frozenset[FileId | str] = frozenset()
 """What was in `open_files` when this process was forked: inodes, or the paths of files that were being created."""
 
 
@@ -31,14 +32,16 @@ def _after_fork_in_child() -> None:
     To close or free a connection rolls back its transaction, in the WAL's index. Parent and child have that index in
     memory that they share: the parent would get "database disk image is malformed".
     """
-    global pid
+    global pid, lock, _inherited
     pid = os.getpid()
-    _inherited.update(file.id or file.real_path for file in open_files.values())
+    lock = threading.RLock()  # not released: a signal handler may have forked in the middle of a change
+    _inherited |= {file.id or file.real_path for file in open_files.values()}
     open_files.clear()
-    lock.release()
 
 
-os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=_after_fork_in_child)
+os.register_at_fork(
+    before=lambda: lock.acquire(), after_in_parent=lambda: lock.release(), after_in_child=_after_fork_in_child
+)
 
 
 def has_open(connection: object) -> bool:
