@@ -22,8 +22,11 @@ the child for ever, and the child hangs.
 open_files: dict[object, File] = {}
 """The file of each connection, from before SQLite is asked to open the file until the connection is closed."""
 
-_inherited: frozenset[FileId | str] = frozenset()
-"""What was in `open_files` when this process was forked: inodes, or the paths of files that were being created."""
+_inherited: tuple[FileId | str, ...] = ()
+"""What was in `open_files` when this process was forked: inodes, or the paths of files that were being created.
+
+A tuple has no lock.
+"""
 
 
 def _after_fork_in_child() -> None:
@@ -35,7 +38,7 @@ def _after_fork_in_child() -> None:
     global pid, lock, _inherited
     pid = os.getpid()
     lock = threading.RLock()  # not released: a signal handler may have forked in the middle of a change
-    _inherited |= {file.id or file.real_path for file in open_files.values()}
+    _inherited += tuple(file.id or file.real_path for file in open_files.values())
     open_files.clear()
 
 
