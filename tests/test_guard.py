@@ -578,6 +578,7 @@ def test_a_directory_that_may_not_show_a_change_is_not_relied_on(
         monkeypatch.setattr(_guard, "SETTLED_AFTER", LIMIT)
     else:
         monkeypatch.setattr(_mount, "_LIST", "/no")
+        monkeypatch.setattr(_mount, "_known_devices", {})
     with DB.open(tmp_path / "daemon.db") as db:
         deadline = time.time() + 0.2
         while time.time() < deadline:

@@ -51,8 +51,8 @@ class Guard:
         self._connections: set[object] = set()
         self._directory: Version | None = None
         """What the directory was when the -wal was last seen there; None if a later change might not show."""
-        self._shows_changes: bool | None = None
-        """Whether the directory's time tells of each change, once that was asked."""
+        self._shows_changes = False
+        """Whether the directory's time tells of each change."""
         self._wal_id: FileId | None = None
         self._index_id: FileId | None = None
         self._locks: dict[int, tuple[FileId, Bytes]] = {}
@@ -69,7 +69,7 @@ class Guard:
         """
         with self.mutex:
             if not self._connections:
-                self._directory = None
+                self._directory, self._shows_changes = None, file.has_exact_times()
                 self._wal_id, self._index_id = file.wal_id(), file.index_id()
                 if reason := self._lock(file, likely):
                     return reason
@@ -104,17 +104,14 @@ class Guard:
         the directory is looked at instead. The -wal is looked at if something was added there, removed or renamed, and
         for a second after that: the name may still be there when the directory has its new time.
         """
-        status = None if self._shows_changes is False else file.directory_status()
+        status = file.directory_status() if self._shows_changes else None
         directory = (status.st_dev, status.st_ino, status.st_ctime_ns) if status else None
         if directory is not None and directory == self._directory:
             return True
         now = time.time()
         is_there = file.wal_id() == self._wal_id is not None
-        self._directory = None
-        if is_there and status and now - status.st_ctime > SETTLED_AFTER:
-            if self._shows_changes is None:
-                self._shows_changes = file.has_exact_times()
-            self._directory = directory if self._shows_changes else None
+        is_settled = status is not None and now - status.st_ctime > SETTLED_AFTER
+        self._directory = directory if is_there and is_settled else None
         return is_there
 
     def has_index(self, file: File) -> bool:

@@ -32,9 +32,14 @@ def network_file_system(path: str) -> str | None:
     return name if name in _NETWORK else None
 
 
-def has_exact_times(path: str) -> bool:
-    """Whether the path lies in a file system of which Linux keeps exact times."""
-    return _file_system(path) in _EXACT
+_known_devices: dict[int, bool] = {}
+
+
+def has_exact_times(path: str, device: int) -> bool:
+    """Whether the path lies in a file system of which Linux keeps exact times. Asked once for each device."""
+    if device not in _known_devices:
+        _known_devices[device] = _file_system(path) in _EXACT
+    return _known_devices[device]
 
 
 def _file_system(path: str) -> str:

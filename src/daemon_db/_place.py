@@ -202,7 +202,7 @@ class File:
 
     def has_exact_times(self) -> bool:
         """Whether each change of the directory gives it another time."""
-        return has_exact_times(self.real_path)
+        return self.id is not None and has_exact_times(self.real_path, self.id[0])
 
     def wal_id(self) -> FileId | None:
         """The -wal, if there is one: of a process that has the file open now, or of one that was killed."""
