@@ -68,7 +68,8 @@ def run_tests(changes: list[Change], *arguments: str) -> tuple[list[str], str]:
             assert schema != before, f"{change.pattern} is not in schema.sql: write another change here"
         (copy / SCHEMA).write_text(schema, encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "--tb=short", *arguments],
+            # Each has its own directory: two that clean the usual one at once may both fail.
+            [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--basetemp={copy / 'tmp'}", *arguments],
             cwd=copy,
             env=os.environ | {"PYTHONPATH": "src"},
             stdout=subprocess.PIPE,
