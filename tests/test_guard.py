@@ -541,12 +541,16 @@ def settle(db: DB, looks: list[File]) -> None:
             raise AssertionError
 
 
-def test_the_wal_is_looked_at_only_if_its_directory_was_changed(looks: list[File], tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [make_nothing, make_wal])
+def test_the_wal_is_looked_at_only_if_its_directory_was_changed(
+    make: Callable[[Path], None], looks: list[File], tmp_path: Path
+) -> None:
+    make(tmp_path / "daemon.db")
     with DB.open(tmp_path / "daemon.db") as db:
         settle(db, looks)
         (tmp_path / "another").touch()
         with db.transaction() as conn:
-            insert_run(conn)
+            insert_run(conn, "run-2")
         assert looks
         settle(db, looks)
 
@@ -578,7 +582,6 @@ def test_a_directory_that_may_not_show_a_change_is_not_relied_on(
         monkeypatch.setattr(_guard, "SETTLED_AFTER", LIMIT)
     else:
         monkeypatch.setattr(_mount, "_LIST", "/no")
-        monkeypatch.setattr(_mount, "_known_devices", {})
     with DB.open(tmp_path / "daemon.db") as db:
         deadline = time.time() + 0.2
         while time.time() < deadline:

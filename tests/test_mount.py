@@ -550,12 +550,12 @@ def test_the_name_of_a_network_file_system(
 ) -> None:
     (tmp_path / "mounts").write_text(MOUNTS, encoding="ascii")
     monkeypatch.setattr(_mount, "_LIST", str(tmp_path / "mounts"))
-    assert _mount.network_file_system(path) == name
+    assert _mount.network_file_system(_mount.mount_of(path)[1]) == name
 
 
 def test_without_a_list_of_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_mount, "_LIST", str(tmp_path / "no"))
-    assert _mount.network_file_system("/db") is None
+    assert _mount.network_file_system(_mount.mount_of("/db")[1]) is None
     DB.open(tmp_path / "db").close()
 
 

@@ -228,7 +228,7 @@ def look(conn: sqlite3.Connection, path: str) -> dict[str, Any]:
         "path": path,
         "sqlite": sqlite3.sqlite_version,
         "wal_reset_bug": has_wal_reset_bug(sqlite3.sqlite_version_info),
-        "network_file_system": _mount.network_file_system(path),
+        "network_file_system": _mount.network_file_system(_mount.mount_of(path)[1]),
         "journal_mode": conn.execute("PRAGMA journal_mode").fetchone()[0],
         "foreign_keys": conn.execute("PRAGMA foreign_keys").fetchone() == (1,),
     }

@@ -49,6 +49,11 @@ class State:
         if self.guard and not self.guard.has_wal(self.file):
             self.end_if_wal_is_lost()
 
+    def refuse_lost(self) -> None:
+        """Raise `OpenError` if the file, its -wal or its -shm was removed or replaced."""
+        self.file.refuse_replaced()
+        self.end_if_wal_is_lost()
+
     def end_if_wal_is_lost(self) -> None:
         """Raise `OpenError` if the WAL was removed or replaced. The `DB` then ends, for all threads."""
         if self.guard and self.guard.is_lost(self.file):

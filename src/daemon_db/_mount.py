@@ -17,34 +17,21 @@ _NETWORK = frozenset(
 _EXACT = frozenset("btrfs ext4 tmpfs xfs".split())  # not FAT's root: it has no time; a union's may be another branch's
 
 
-def is_mount_point(path: str) -> bool:
-    """Whether something is mounted at the path."""
-    mounts = _mounts()
-    if b"/" + _escaped(os.path.basename(path)) + b" " not in mounts:
-        return False  # the usual case: to find out where links lead takes longer
+def mount_of(path: str) -> tuple[bool, str]:
+    """Whether something is mounted at the path, and the name of the file system there: "" if nothing is known."""
     real_path = _escaped(os.path.realpath(path))
-    return _point(_mount_of(real_path, mounts)) == real_path
+    line = _mount_of(real_path, _mounts())
+    return _point(line) == real_path, os.fsdecode(line.partition(b" - ")[2].split(b" ", 1)[0])
 
 
-def network_file_system(path: str) -> str | None:
-    """The name of the file system that the path lies in, if machines may share that. None, too, if nothing is known."""
-    name = _file_system(path)
+def network_file_system(name: str) -> str | None:
+    """The file system's name, if machines may share it."""
     return name if name in _NETWORK else None
 
 
-_known_devices: dict[int, bool] = {}
-
-
-def has_exact_times(path: str, device: int) -> bool:
-    """Whether the path lies in a file system of which Linux keeps exact times. Asked once for each device."""
-    if device not in _known_devices:
-        _known_devices[device] = _file_system(path) in _EXACT
-    return _known_devices[device]
-
-
-def _file_system(path: str) -> str:
-    line = _mount_of(_escaped(os.path.realpath(path)), _mounts())
-    return os.fsdecode(line.partition(b" - ")[2].split(b" ", 1)[0])
+def has_exact_times(name: str) -> bool:
+    """Whether Linux keeps exact times for that file system."""
+    return name in _EXACT
 
 
 def _mount_of(path: bytes, mounts: bytes) -> bytes:

@@ -197,8 +197,7 @@ def keep_wal(conn: Connection, likely: list[int]) -> None:
     """Keep the WAL there that the first read has opened. Raise `TryAgain` if it isn't there any more, or unusable."""
     state = conn.state
     if reason := conn.join_guard(likely):
-        state.file.refuse_replaced()
-        state.end_if_wal_is_lost()
+        state.refuse_lost()
         raise TryAgain(state.file.path, reason)
 
 

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import stat
 
-from ._mount import has_exact_times, is_mount_point, network_file_system
+from ._mount import has_exact_times, mount_of, network_file_system
 from .errors import (
     HOT_JOURNAL,
     MOUNTED_ALONE,
@@ -36,7 +36,8 @@ class File:
     """A database file.
 
     `path` is the caller's name for it. If that is a symbolic link, `real_path` is where the link leads: SQLite puts the
-    -wal and the -shm there. `id` is None as long as there is no file.
+    -wal and the -shm there. `id` is None as long as there is no file. `file_system` is the name of the one that the
+    file lies in, "" if nothing is known.
     """
 
     journal_mode = "wal"
@@ -47,12 +48,13 @@ class File:
         self.read_only = read_only
         self.create = create
         self.id: FileId | None = None
+        self.file_system = ""
         self._opens_to_write = not read_only
 
     # Before SQLite is asked
 
     def examine(self) -> None:
-        """Find the file: set `real_path` and `id`. Raise `OpenError` for what SQLite would wrongly accept.
+        """Find the file: set all that is known of it. Raise `OpenError` for what SQLite would wrongly accept.
 
         SQLite would wait for ever for a pipe, take a file of one byte for an empty one, create the file in another
         directory, or open a file that it can't write. All else SQLite refuses by itself, and `reason` says why.
@@ -80,6 +82,7 @@ class File:
             forbidden = isinstance(error, PermissionError) and self._forbidden_directory()
             raise OpenError(self.path, forbidden or str(error.strerror)) from error
         self.real_path = os.path.realpath(self.path)
+        _, self.file_system = mount_of(self.real_path)
         if self.read_only or not self.create:
             self.refuse_wal_alone()
             raise OpenError(self.path, "it does not exist") from error
@@ -94,7 +97,8 @@ class File:
         if status.st_size == 1:
             raise OpenError(self.path, NOT_A_DATABASE)  # SQLite takes one byte for an empty file
         self.id = status.st_dev, status.st_ino
-        if is_mount_point(self.real_path):
+        is_mounted, self.file_system = mount_of(self.real_path)
+        if is_mounted:
             raise OpenError(self.path, MOUNTED_ALONE)
         if forbidden := self._forbidden("", "-wal", "-shm"):
             raise OpenError(self.path, forbidden)
@@ -183,7 +187,7 @@ class File:
 
     def network_file_system(self) -> str | None:
         """The name of the file system, if machines may share it."""
-        return network_file_system(self.real_path)
+        return network_file_system(self.file_system)
 
     def refuse_replaced(self) -> None:
         """Raise `OpenError` if another file, or none, is at the path now: nobody else sees the one that is open.
@@ -202,7 +206,7 @@ class File:
 
     def has_exact_times(self) -> bool:
         """Whether each change of the directory gives it another time."""
-        return self.id is not None and has_exact_times(self.real_path, self.id[0])
+        return has_exact_times(self.file_system)
 
     def wal_id(self) -> FileId | None:
         """The -wal, if there is one: of a process that has the file open now, or of one that was killed."""

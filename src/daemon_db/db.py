@@ -217,8 +217,7 @@ class DB:
                 if is_busy(error):
                     error.add_note(f"{self.path}: waited {time.monotonic() - start:.1f} s for another connection")
                 raise
-            self._state.file.refuse_replaced()
-            self._state.end_if_wal_is_lost()  # what is read in a lost WAL is as old as the loss
+            self._state.refuse_lost()  # what is read in a lost WAL is as old as the loss
             yield conn
         except sqlite3.OperationalError as error:
             if primary_code(error) == sqlite3.SQLITE_READONLY and not isinstance(error, OpenError):
