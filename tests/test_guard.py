@@ -530,6 +530,8 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[File]:
 
 def settle(db: DB, looks: list[File]) -> None:
     """Commit until the directory alone tells that the -wal is there."""
+    if not db._state.file.has_exact_times():
+        pytest.skip(f"on {db._state.file.file_system} the -wal is always looked at")
     deadline = time.monotonic() + LIMIT
     while True:
         looks.clear()
