@@ -27,19 +27,24 @@ class Change(NamedTuple):
 
 # The names of what is added are such as `schema.sql` will never have.
 GIVEN_TO_OLD_FILES = {
-    "a nullable column": Change(r"EXISTS runs \(", r"\g<0> nullable_column TEXT,"),
-    "a column NOT NULL with a default": Change(r"EXISTS units \(", r"\g<0> default_column INTEGER NOT NULL DEFAULT 1,"),
+    "a nullable column": Change(r"EXISTS runs \(", r"\g<0>\n    nullable_column TEXT,"),
+    "a column NOT NULL with a default": Change(
+        r"EXISTS units \(", r"\g<0>\n    default_column INTEGER NOT NULL DEFAULT 1,"
+    ),
     "an index": Change(r"\Z", "CREATE INDEX IF NOT EXISTS one_more_index ON runs(status, started_at);\n"),
-    "a table": Change(r"\A", "CREATE TABLE IF NOT EXISTS first_table (name TEXT PRIMARY KEY, address TEXT);\n"),
+    "a table": Change(
+        r"\A", "CREATE TABLE IF NOT EXISTS first_table (\n    name TEXT PRIMARY KEY,\n    address TEXT\n);\n"
+    ),
     "a table with an index and a foreign key": Change(
         r"\Z",
-        "CREATE TABLE IF NOT EXISTS last_table (id INTEGER PRIMARY KEY, run_id TEXT NOT NULL REFERENCES runs(id));\n"
+        "CREATE TABLE IF NOT EXISTS last_table (\n    id INTEGER PRIMARY KEY,\n"
+        "    run_id TEXT NOT NULL REFERENCES runs(id)\n);\n"
         "CREATE INDEX IF NOT EXISTS last_table_index ON last_table(run_id);\n",
     ),
 }
 STRANDS_OLD_FILES = {
     "a column NOT NULL without a default": Change(
-        r"EXISTS runs \(", r"\g<0> required_column TEXT NOT NULL,", "runs.required_column"
+        r"EXISTS runs \(", r"\g<0>\n    required_column TEXT NOT NULL,", "runs.required_column"
     ),
     "a column removed": Change(r"config_json .*\n", "", "runs.config_json"),
     "a column renamed": Change("payload_json", "renamed_column", "events.payload_json"),

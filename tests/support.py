@@ -64,7 +64,8 @@ def use_schema(script: str) -> None:
 
 def spare(table: str) -> str:
     """A column of `table` that takes any text, and NULL in a row that doesn't name it."""
-    return next(name for name, words in _schema.expected().tables[table].columns.items() if words == "TEXT")
+    facts = _schema.expected()[0].items()
+    return next(key for (name, kind, key), words in facts if (name, kind, words) == (table, "column", ("TEXT", "")))
 
 
 _REQUIRED = """

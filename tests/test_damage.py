@@ -235,14 +235,14 @@ EXPECTED = {
     # In the order of VALUES. Not every change is one: "runs", for one, has no spaces to replace.
     ("runs", "type"): "damaged works damaged damaged schema damaged works damaged",
     ("runs", "name"): "damaged works damaged damaged refused damaged works damaged",
-    ("runs", "tbl_name"): "damaged works damaged damaged schema damaged works damaged",
+    ("runs", "tbl_name"): "damaged works damaged damaged works damaged works damaged",
     ("runs", "rootpage"): "damaged works use damaged works damaged works use",
-    ("runs", "sql"): "damaged works damaged damaged works damaged damaged damaged",
+    ("runs", "sql"): "damaged works damaged damaged works damaged unread damaged",
     ("idx_units_status", "type"): "damaged works damaged damaged schema damaged works works",
     ("idx_units_status", "name"): "damaged works damaged damaged refused damaged works damaged",
     ("idx_units_status", "tbl_name"): "damaged works damaged damaged schema damaged works damaged",
     ("idx_units_status", "rootpage"): "damaged works damaged damaged works damaged works works",
-    ("idx_units_status", "sql"): "damaged works damaged damaged works damaged damaged damaged",
+    ("idx_units_status", "sql"): "damaged works damaged damaged works damaged unread damaged",
     # SQLite looks at the name and the root page of an index that belongs to a constraint, and at nothing else.
     ("sqlite_autoindex_runs_1", "type"): "works works works works works works works works",
     ("sqlite_autoindex_runs_1", "name"): "damaged works damaged damaged works damaged works damaged",
@@ -284,9 +284,39 @@ def test_a_damaged_catalogue(rollback: bytes, tmp_path: Path, name: str, column:
         if expected == "damaged":
             damaged = re.escape(f"cannot open {path}: damaged (") + ".+" + re.escape(f"): {AFTER_DAMAGE}")
             assert re.fullmatch(damaged, str(caught.value))
+        if expected == "unread":
+            assert "doesn't understand the definition of" in str(caught.value)
         if expected != "refused":  # that one is found out when the table is created, in WAL mode
             assert contents(path) == before
     assert not [file for file in open_files() if file.startswith(str(path))]
+
+
+@pytest.mark.usefixtures("first_schema")
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("status          TEXT", "status TEXT CHECK (1_000)", 'unrecognized token: "1_000"'),
+        ("status          TEXT", "status TEXT CHECK (a IS NEITHER b)", 'near "b": syntax error'),
+        (")\n)", ")\n) SOLID", "unknown table option: SOLID"),
+    ],
+)
+def test_a_definition_that_only_a_newer_sqlite_understands(
+    rollback: bytes, tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    path = write(tmp_path / "daemon.db", {"": rollback})
+    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        conn.executescript("PRAGMA synchronous=OFF; PRAGMA writable_schema=ON;")
+        conn.execute("UPDATE sqlite_master SET sql = replace(sql, ?, ?) WHERE name = 'runs'", (old, new))
+    before = contents(path)
+    for read_only in False, True:
+        with pytest.raises(OpenError) as caught:
+            DB.open(path, read_only=read_only)
+        assert caught.value.reason == (
+            f"SQLite {sqlite3.sqlite_version} doesn't understand the definition of runs ({said}). Probably a newer "
+            "SQLite wrote it: open it with that one, and remove nothing. If the newest doesn't understand it either, "
+            'see "Damage" in the README'
+        )
+        assert contents(path) == before
 
 
 def test_a_backup_is_restored_as_the_message_says(tmp_path: Path, good: dict[str, Files]) -> None:

@@ -73,13 +73,13 @@ def test_for_the_rest_sqlites_own_words(
 
 LACKING = """
 import os, resource, sqlite3
-from daemon_db import _place
+from daemon_db import _file
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
 for code in sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN:
     error = sqlite3.OperationalError("SQLite's words")
     error.sqlite_errorcode, error.sqlite_errorname = code, "its name"
-    print(_place.locate("/a path", read_only=False).reason(error))
+    print(_file.locate("/a path", read_only=False).reason(error))
 """
 
 

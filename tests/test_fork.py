@@ -323,7 +323,7 @@ def test_no_fork_in_the_middle_of_a_change(tmp_path: Path) -> None:
     """Without the GIL, the child would find the dict locked, for ever."""
     run_forking(
         f"""
-        from daemon_db import _place, _process
+        from daemon_db import _file, _process
 
         def change():
             while not ended.is_set():
@@ -334,7 +334,7 @@ def test_no_fork_in_the_middle_of_a_change(tmp_path: Path) -> None:
                 os.stat(path)  # a fork may have the lock now
 
         DB.open(path).close()
-        file, ended = _place.locate(path, read_only=False), threading.Event()
+        file, ended = _file.locate(path, read_only=False), threading.Event()
         file.id = os.stat(path).st_dev, os.stat(path).st_ino
         thread = threading.Thread(target=change, daemon=True)
         thread.start()

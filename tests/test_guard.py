@@ -22,7 +22,7 @@ import pytest
 
 from daemon_db import DB, OpenError, _guard, _mount, _opening, _process
 from daemon_db._connection import thread
-from daemon_db._place import File
+from daemon_db._file import File
 from support import (
     LIMIT,
     Forks,
@@ -357,7 +357,7 @@ def test_what_is_lost_between_the_first_read_and_the_lock_is_opened_again(
         with db.transaction() as conn:
             insert_run(conn, "run-2")
         assert len(reads) == 2
-        assert _guard.guard_of(db._state.file).is_locked()
+        assert _guard.guard_of(db._state.file).is_locked
     for other in others:
         assert end(other) == ("", "")
     check_whole(path, ["run-1", "run-2", *(["other"] if then == WRITE_AND_STAY else [])])
@@ -614,6 +614,8 @@ def insert(name):
     with db.transaction() as conn:
         insert_run(conn, name)
 
+from daemon_db import _wal
+_wal.LOOK_EVERY = 0
 path, lock, who, what, *removed = sys.argv[1:]
 if lock == "off":
     _guard._SETLK = None
@@ -1039,7 +1041,7 @@ def test_sqlites_descriptors_are_found_without_looking_at_all(tmp_path: Path, mo
         for make in (make_nothing, make_rollback, make_wal, make_killed):
             make(path)
             with DB.open(path) as db:
-                assert _guard.guard_of(db._state.file).is_locked()
+                assert _guard.guard_of(db._state.file).is_locked
                 in_thread(lambda db=db: db.conn)
             for name in files_in(tmp_path):
                 (tmp_path / name).unlink()
@@ -1055,7 +1057,7 @@ def test_where_something_else_has_the_lowest_descriptors_all_are_looked_at(
     for fewer in (list, lambda: [0, 1, 10_000]):
         monkeypatch.setattr(_guard, "next_descriptors", fewer)
         with DB.open(tmp_path / "daemon.db") as db:
-            assert _guard.guard_of(db._state.file).is_locked()
+            assert _guard.guard_of(db._state.file).is_locked
 
 
 @has_lock
@@ -1075,7 +1077,7 @@ except OSError:
 for _ in range(3):  # the file, its -wal and its -shm
     os.close(taken.pop())
 with DB.open(sys.argv[1]) as db:
-    assert _guard.guard_of(db._state.file).is_locked()
+    assert _guard.guard_of(db._state.file).is_locked
 """
     run(code, tmp_path / "daemon.db")
 
@@ -1107,7 +1109,7 @@ def test_a_plain_connection_of_the_process_is_no_obstacle(tmp_path: Path) -> Non
         another.execute("SELECT * FROM runs").fetchall()
         another.close()
         with DB.open(path) as db:
-            assert _guard.guard_of(db._state.file).is_locked()
+            assert _guard.guard_of(db._state.file).is_locked
             insert_run(db.conn, "run-2")
         assert plain.execute("SELECT count(*) FROM runs").fetchone() == (2,)
     assert list(files_in(tmp_path)) == ["daemon.db"]

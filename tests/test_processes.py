@@ -41,7 +41,7 @@ from support import (
     together,
 )
 
-RUNS = _schema.expected().objects["runs"].sql
+RUNS = _schema.expected()[1]["runs"]
 
 
 def make_partial(path: Path) -> None:

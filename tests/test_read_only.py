@@ -345,8 +345,8 @@ except daemon_db.OpenError as error:
             (FIRST + "DROP INDEX idx_units_status; DROP TABLE events", ["idx_units_status", "events"]),
             (FIRST + "ALTER TABLE runs RENAME COLUMN error TO failure", ["runs.error"]),
             (
-                FIRST + "CREATE UNIQUE INDEX one ON runs (status)",
-                ["runs: extra unique constraint (status), by the index one"],
+                FIRST.replace("status          TEXT", "status TEXT UNIQUE", 1),
+                ["runs: extra UNIQUE for status"],
             ),
         ],
     )

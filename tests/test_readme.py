@@ -151,7 +151,8 @@ def test_rows_are_copied_from_a_file_that_does_not_fit(tmp_path: Path) -> None:
     """By the recipe for a file that a tool has changed."""
     with DB.open(tmp_path / "daemon.db") as db:
         insert_run(db.conn)
-        db.conn.execute("CREATE UNIQUE INDEX one_each ON runs(status)")
+        name = db.conn.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND sql NOT NULL").fetchone()[0]
+        db.conn.executescript(f"DROP INDEX {name}; CREATE UNIQUE INDEX {name} ON runs(status)")
     with pytest.raises(SchemaError):
         DB.open(tmp_path / "daemon.db")
     (tmp_path / "daemon.db").rename(tmp_path / "old.db")

@@ -51,8 +51,8 @@ def newer(first_schema: None) -> Newer:
 
 
 def with_column(text: str) -> str:
-    """`schema.sql` with a column more, in the middle of `events`."""
-    return schema(events=("unit_id TEXT,", f"unit_id TEXT, {text},"))
+    """`schema.sql` with a column more, in the middle of `events`, on a line of its own."""
+    return schema(events=("unit_id TEXT,", f"unit_id TEXT,\n{text},\n"))
 
 
 def older_file(path: Path, script: str = SQL, journal_mode: str = "delete") -> Path:
@@ -111,7 +111,7 @@ COLUMNS = {
     "default": ("level INTEGER DEFAULT 3", 3),
     "NOT NULL with a default": ("level TEXT NOT NULL DEFAULT 'low'", "low"),
     "NOT NULL with a negative default": ("level INTEGER NOT NULL DEFAULT (-3)", -3),
-    "default of many signs": ("level TEXT DEFAULT 'a,  b) -- /* \"''' /* , ( */ -- the end, ( '\n", "a,  b) -- /* \"'"),
+    "default of many signs": ("level TEXT DEFAULT 'a,  b) -- /* \"''' /* , ( */", "a,  b) -- /* \"'"),
     "blob for a default": ("level BLOB DEFAULT x'00ff'", b"\0\xff"),
     "keyword for a name": ("\"order\" TEXT DEFAULT 'x'", "x"),
     "name with a comma": ('"a, b(" TEXT', None),
@@ -164,7 +164,7 @@ def test_all_that_a_column_declares_is_added(tmp_path: Path, newer: Newer) -> No
     """Also what the comparison doesn't see."""
     path = older_file(tmp_path / "daemon.db")
     unit = "unit TEXT REFERENCES units ON DELETE SET NULL"
-    newer(with_column(f"level TEXT COLLATE NOCASE CHECK (level <> 'x'), {unit}"))
+    newer(with_column(f"level TEXT COLLATE NOCASE CHECK (level <> 'x'),\n{unit}"))
     with DB.open(path) as db:
         db.conn.execute("UPDATE events SET level = 'LOW', unit = 'old-1/u' WHERE run_id = 'old-1'")
         assert db.conn.execute("SELECT count(*) FROM events WHERE level = 'low'").fetchone() == (1,)
@@ -181,8 +181,11 @@ def test_columns_tables_and_indexes_are_added_in_an_order_that_works(tmp_path: P
     newer(
         "CREATE TABLE IF NOT EXISTS hosts (name TEXT PRIMARY KEY, run_id TEXT REFERENCES runs);\n"
         + schema(
-            runs=("error TEXT,", "error TEXT, host TEXT REFERENCES hosts(name), rank INTEGER NOT NULL DEFAULT 0,"),
-            events=("unit_id TEXT", "unit_id TEXT, level TEXT"),
+            runs=(
+                "error TEXT,",
+                "error TEXT,\nhost_name TEXT,\nhost TEXT REFERENCES hosts(name),\nrank INTEGER NOT NULL DEFAULT 0,\n",
+            ),
+            events=("unit_id TEXT,", "unit_id TEXT,\nlevel TEXT,\n"),
         )
         + "CREATE INDEX IF NOT EXISTS idx_events_level ON events(level) WHERE level NOT NULL;\n"
         "CREATE UNIQUE INDEX IF NOT EXISTS idx_runs_host ON runs(host, rank);\n"
@@ -193,6 +196,7 @@ def test_columns_tables_and_indexes_are_added_in_an_order_that_works(tmp_path: P
         additions = _schema.missing(conn, "a name")
     assert [addition.problem for addition in additions] == [
         "hosts: missing table",
+        "runs.host_name: missing column",
         "runs.host: missing column",
         "runs.rank: missing column",
         "events.level: missing column",
@@ -201,7 +205,7 @@ def test_columns_tables_and_indexes_are_added_in_an_order_that_works(tmp_path: P
         "idx_runs_host: missing index",
         "idx_hosts_run_id: missing index",
     ]
-    assert additions[1].sql == 'ALTER TABLE "runs" ADD COLUMN host TEXT REFERENCES hosts(name)'
+    assert additions[2].sql == 'ALTER TABLE "runs" ADD COLUMN host TEXT REFERENCES hosts(name)'
     with DB.open(path) as db:
         assert rows(db.conn) == before
         assert _schema.missing(db.conn, "a name") == ()
@@ -209,9 +213,9 @@ def test_columns_tables_and_indexes_are_added_in_an_order_that_works(tmp_path: P
 
 
 def test_a_table_with_a_keyword_for_a_name(tmp_path: Path, newer: Newer) -> None:
-    table = 'CREATE TABLE IF NOT EXISTS "order" ("from" TEXT{}, UNIQUE ("from"));\n'
+    table = 'CREATE TABLE IF NOT EXISTS "order" ("from" TEXT{},\nUNIQUE ("from"));\n'
     path = older_file(tmp_path / "daemon.db", SQL + table.format(""))
-    newer(SQL + table.format(', "to" TEXT DEFAULT 1') + 'CREATE INDEX IF NOT EXISTS "where" ON "order" ("to");')
+    newer(SQL + table.format(',\n"to" TEXT DEFAULT 1') + 'CREATE INDEX IF NOT EXISTS "where" ON "order" ("to");')
     with DB.open(path) as db:
         db.conn.execute('INSERT INTO "order" ("from") VALUES (0)')
         assert db.conn.execute('SELECT "from", "to" FROM "order" INDEXED BY "where"').fetchall() == [("0", "1")]
@@ -221,7 +225,6 @@ def test_a_table_with_a_keyword_for_a_name(tmp_path: Path, newer: Newer) -> None
 
 
 STRANDED = {
-    "UNIQUE": (with_column("level TEXT UNIQUE"), "Cannot add a UNIQUE column"),
     "NOT NULL": (with_column("level TEXT NOT NULL"), "Cannot add a NOT NULL column with default value NULL"),
     "a default that isn't constant": (
         with_column("level TEXT DEFAULT CURRENT_TIMESTAMP"),
@@ -254,7 +257,7 @@ def test_a_column_that_can_not_be_added_is_named_and_nothing_is(
     """Two columns are missing, and the first of them could be added."""
     path = older_file(tmp_path / "daemon.db", SQL, journal_mode)
     before = contents(path)
-    newer(script.replace("status TEXT NOT NULL", "host TEXT, status TEXT NOT NULL", 1))
+    newer(script.replace("status TEXT NOT NULL", "\nhost TEXT,\nstatus TEXT NOT NULL", 1))
     for _ in range(2):
         with pytest.raises(OpenError) as caught:
             DB.open(path)
@@ -265,37 +268,39 @@ def test_a_column_that_can_not_be_added_is_named_and_nothing_is(
         assert contents(path) == before
 
 
-def test_a_primary_key_is_refused_before_the_first_write(tmp_path: Path, newer: Newer) -> None:
-    """The table has another one."""
-    path = older_file(tmp_path / "daemon.db")
-    newer(with_column("level INTEGER PRIMARY KEY").replace("PRIMARY KEY AUTOINCREMENT", ""))
-    before = files(tmp_path)
-    assert refused(path).problems == ("events.id: INTEGER PRIMARY KEY AUTOINCREMENT, should be INTEGER",)
-    assert files(tmp_path) == before
-
-
 @pytest.mark.parametrize(
-    ("script", "what"),
+    ("script", "problem"),
     [
         (
-            schema(runs=(RUNS_UNIQUE, f", host TEXT, shard TEXT{RUNS_UNIQUE}, UNIQUE(host, shard)")),
-            "runs: no unique constraint (host, shard)",
+            with_column("level INTEGER PRIMARY KEY").replace("PRIMARY KEY AUTOINCREMENT", ""),
+            "events.id: INTEGER PRIMARY KEY AUTOINCREMENT, should be INTEGER",
         ),
+        (with_column("level TEXT UNIQUE"), "events: no UNIQUE for level"),
         (
-            schema(units=("UNIQUE(run_id", "parent TEXT, FOREIGN KEY(parent) REFERENCES units(id), UNIQUE(run_id")),
-            "units: no foreign key parent -> units(id)",
+            schema(runs=(RUNS_UNIQUE, f",\nhost TEXT,\nshard TEXT\n{RUNS_UNIQUE}, UNIQUE(host, shard)")),
+            "runs: no UNIQUE for host, shard",
         ),
     ],
 )
-def test_a_constraint_of_a_table_can_not_be_added(tmp_path: Path, newer: Newer, script: str, what: str) -> None:
-    """Its columns can."""
+def test_a_key_is_refused_before_the_first_write(tmp_path: Path, newer: Newer, script: str, problem: str) -> None:
+    """ALTER TABLE adds none."""
+    path = older_file(tmp_path / "daemon.db")
+    newer(script)
+    before = files(tmp_path)
+    assert refused(path).problems == (problem,)
+    assert files(tmp_path) == before
+
+
+def test_a_foreign_key_of_a_table_can_not_be_added(tmp_path: Path, newer: Newer) -> None:
+    """Its column can."""
     path = older_file(tmp_path / "daemon.db")
     before = contents(path)
-    newer(script)
+    newer(schema(units=("UNIQUE(run_id", "\nparent TEXT,\nFOREIGN KEY(parent) REFERENCES units(id), UNIQUE(run_id")))
     with pytest.raises(OpenError) as caught:
         DB.open(path)
     assert caught.value.reason == (
-        f"{what}, and it can't be added: ALTER TABLE adds columns, and no constraints of a table{LEFT}"
+        "units: no REFERENCES units(id) ON UPDATE NO ACTION ON DELETE NO ACTION for parent, and it can't be added: "
+        f"ALTER TABLE adds columns, and no constraints of a table{LEFT}"
     )
     assert contents(path) == before
 
@@ -313,7 +318,7 @@ def test_rows_that_a_unique_index_refuses(tmp_path: Path, newer: Newer, journal_
     path = older_file(tmp_path / "daemon.db", SQL, journal_mode)
     before = contents(path)
     newer(
-        schema(runs=("error TEXT", "error TEXT, host TEXT"))
+        schema(runs=("error TEXT", "error TEXT,\nhost TEXT\n"))
         + "CREATE UNIQUE INDEX IF NOT EXISTS idx_one_each ON runs(status);"
     )
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import enum
 import functools
 import os
 import sqlite3
@@ -9,10 +10,12 @@ import sys
 import threading
 from collections.abc import Callable
 
-from . import _process, _wal
-from ._guard import Guard, guard_of
-from ._place import File
+from ._file import File
+from ._guard import Guard
+from ._process import this_process
 from .errors import WAL_REMOVED, OpenError
+
+CLOSED = "Cannot operate on a closed database."  # in sqlite3's words
 
 
 class State:
@@ -25,41 +28,33 @@ class State:
     def __init__(self, file: File, timeout: float) -> None:
         self.file = file
         self.timeout = timeout
-        self.pid = _process.pid
-        self.is_open = True
-        self.has_lost_wal = False
+        self.pid = os.getpid()
+        self.ended: str | None = None
+        """Why nobody can use the `DB` any more: `CLOSED` or `WAL_REMOVED`."""
         self.turn = threading.RLock()  # an RLock knows its owner: a thread that doesn't have the turn can't release it
         self.added: tuple[str, ...] = ()
         """What opening has added to the file; for a file that is only read, what the next other open would add."""
-        self.guard: Guard | None = None  # a database in memory or in rollback-journal mode has none
+        self.guard: Guard | None = None
+        """Set once SQLite has opened the file. A database in memory has none."""
 
-    def refuse_before_write(self) -> None:
-        """Raise `OpenError` if the file or its -shm was removed or replaced, before anything is written."""
-        self.file.refuse_replaced()
-        self.refuse_lost_index()
+    def look(self) -> int:
+        """Is all of it still there: the file, its -wal and its -shm? Return the WAL's size, or raise `OpenError`.
 
-    def refuse_lost_index(self) -> None:
-        """Raise `OpenError` if the -shm was removed or replaced: another process may have begun another WAL."""
-        if self.guard and not self.guard.has_index(self.file):
-            self.end_if_wal_is_lost()
-
-    def refuse_unseen_commit(self) -> None:
-        """Raise `OpenError` if nobody else sees what was committed: the file or its -wal was removed or replaced."""
-        self.file.refuse_replaced()
-        if self.guard and not self.guard.has_wal(self.file):
-            self.end_if_wal_is_lost()
-
-    def refuse_lost(self) -> None:
-        """Raise `OpenError` if the file, its -wal or its -shm was removed or replaced."""
-        self.file.refuse_replaced()
-        self.end_if_wal_is_lost()
-
-    def end_if_wal_is_lost(self) -> None:
-        """Raise `OpenError` if the WAL was removed or replaced. The `DB` then ends, for all threads."""
-        if self.guard and self.guard.is_lost(self.file):
-            self.has_lost_wal = True  # first: another thread that sees the DB closed asks why
-            self.is_open = False
+        A lost WAL ends the `DB`, for all threads.
+        """
+        size = self.guard.look(self.file) if self.guard else 0
+        if size is None:
+            self.ended = WAL_REMOVED
             raise OpenError(self.file.path, WAL_REMOVED)
+        return size
+
+
+class Stage(enum.Enum):
+    """Of a connection's life."""
+
+    OPENING = "not all steps of opening are done: closing leaves the file and its WAL as they were"
+    READY = "its thread may use it"
+    SPENT = "its thread is to close it, and to open another"
 
 
 class Connection(sqlite3.Connection):
@@ -67,33 +62,34 @@ class Connection(sqlite3.Connection):
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self.is_usable = False
-        """False while the connection is being opened, and once its thread should close it and open another."""
-        self.was_opened = False
-        """False until all steps of opening are done. Before, closing leaves the file and its WAL as they were."""
-        self.references = 0
-        """How many references to the connection there are while no caller has it."""
-        self.connections = thread.connections
-        """All connections of the thread."""
-        self._thread = threading.get_ident()
+        self.stage = Stage.OPENING
+        self.thread_id = threading.get_ident()
+        self.thread_name = threading.current_thread().name
+        self._threads_connections = thread.connections
+        self._own_references = 0
+        this_process().add(self, state.file)
         try:
-            with _process.lock:
-                _process.open_files[self] = state.file
-            uri = state.file.uri(state.file.mode())
-            super().__init__(uri, timeout=state.timeout, isolation_level=None, uri=True)
+            super().__init__(state.file.uri(), timeout=state.timeout, isolation_level=None, uri=True)
         except BaseException:
-            with _process.lock:
-                _process.open_files.pop(self, None)
+            this_process().remove(self)
             raise
-        self.connections[state] = self  # not by the caller, which a signal's exception may keep from getting this
+        thread.connections[state] = self  # not by the caller, which a signal's exception may keep from getting this
         # A circle on purpose: SQLite refers to the function, and the function to the connection. So nothing but close()
         # frees the connection. In a forked child, to free the parent's would destroy the parent's transaction.
         self.create_function("daemon_db_connection", 0, functools.partial(repr, self))
 
-    def join_guard(self, likely: list[int]) -> str | None:
-        """Keep the WAL there that the first read has opened. Return why this connection must be closed, if it must."""
-        self.state.guard = guard_of(self.state.file)
-        return self.state.guard.join(self, self.state.file, likely)
+    def join_guard(self) -> None:
+        """Keep the WAL there that the first read has opened. Raise `OpenError` if it isn't there any more."""
+        if self.state.guard:
+            self.state.guard.join(self, self.state.file)
+
+    def count_own_references(self) -> None:
+        """Remember how many references there are while no caller has the connection."""
+        self._own_references = sys.getrefcount(self)
+
+    def is_in_use(self) -> bool:
+        """Whether there are more: the caller's own, or a running statement's, a half-read cursor's, an open blob's."""
+        return sys.getrefcount(self) > self._own_references
 
     def close(self) -> None:
         """Roll back an open transaction, close, and give the turn back if this thread has it.
@@ -101,53 +97,45 @@ class Connection(sqlite3.Connection):
         In another thread, leave that to the connection's own thread; in a forked child, to the parent. Closing in the
         middle of a statement (in an SQL function, for one) crashes Python.
         """
-        if self.state.pid != os.getpid() or not _process.has_open(self):
+        if self.state.pid != os.getpid() or self not in this_process().open_files:
             return  # the parent's, or closed already
-        if self._thread != threading.get_ident():
-            self.is_usable = False  # its own thread closes it when that thread next uses the DB, or ends
+        if self.thread_id != threading.get_ident():
+            self.stage = Stage.SPENT
             return
         with contextlib.suppress(sqlite3.Error):  # if ROLLBACK fails, SQLite's close rolls back
             # Without this, SQLite keeps the write lock after its close, as long as a cursor has rows to fetch.
             if self.in_transaction:
                 self.execute("ROLLBACK")
-        leaves_wal = self.state.file.read_only or not self.was_opened
-        with _wal.left_as_it_is(self.state.file) if leaves_wal else contextlib.nullcontext():
-            is_closed = self._close()
-        if is_closed:
-            with _process.lock:
-                del _process.open_files[self]
-        if self.connections.get(self.state) is self:
-            del self.connections[self.state]
+        guard = self.state.guard
+        with guard.mutex if guard else contextlib.nullcontext():
+            if guard is None or self._leave(guard):
+                super().close()
+                this_process().remove(self)
+        if self._threads_connections.get(self.state) is self:
+            del self._threads_connections[self.state]
         with contextlib.suppress(RuntimeError):  # this thread doesn't have the turn
             self.state.turn.release()
 
-    def _close(self) -> bool:
-        """Let SQLite close. At the last connection to the file, SQLite checkpoints the WAL and removes it.
+    def _leave(self, guard: Guard) -> bool:
+        """Return whether SQLite may close: not if it would checkpoint over others' commits, and nothing prevents that.
 
-        Where the WAL was lost, that checkpoint would overwrite what others have committed since. Return False if the
-        connection was left open, because nothing else prevents the checkpoint.
+        Where the file was refused, or is only read, its WAL is left there: a killed process may have left rows in it.
         """
-        guard, file = self.state.guard, self.state.file
-        if guard is None:
-            super().close()
+        file = self.state.file
+        leaves_wal = (file.read_only or self.stage is Stage.OPENING) and file.wal_size() > 0
+        if leaves_wal and not guard.has_joined(self):  # the first read has failed
+            with contextlib.suppress(OpenError):
+                self.join_guard()
+        if not guard.has_joined(self):  # it has written nothing, and has no WAL
             return True
-        with guard.mutex:
-            if not guard.has(self):
-                pass  # a connection that has not joined has written nothing
-            elif guard.may_checkpoint(file):
-                guard.leave(self, file)
-            elif guard.is_locked() or self._can_forbid_checkpoint():
-                guard.leave_locked(self)
-            else:
+        may_checkpoint = guard.may_checkpoint(file)
+        keeps_lock = leaves_wal or not may_checkpoint
+        if keeps_lock and not guard.is_locked:  # so there is none that keeps a checkpoint off
+            if sys.version_info >= (3, 12):
+                self.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)
+            elif not may_checkpoint:
                 return False
-            super().close()
-        return True
-
-    def _can_forbid_checkpoint(self) -> bool:
-        """Forbid SQLite to checkpoint at its close, if this Python can."""
-        if sys.version_info < (3, 12):
-            return False
-        self.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)
+        guard.leave(self, file, keeps_lock)
         return True
 
 
@@ -177,25 +165,10 @@ thread = _ThreadLocal()
 """`thread.connections` are the calling thread's connections, one for each `DB`."""
 
 
-def _forget_inherited() -> None:
-    """In a forked child, so that `DB.conn` finds none of the parent's connections."""
-    thread.connections.clear()
-
-
-os.register_at_fork(after_in_child=_forget_inherited)
-
-
 def close_this_threads(state: State) -> None:
-    """Close the thread's connection, if there is one: its opening failed, was interrupted, or it is unusable."""
+    """Close the thread's connection, if there is one: its opening failed, was interrupted, or it is spent."""
     if conn := thread.connections.get(state):
         conn.close()
-
-
-def references(conn: Connection) -> int:
-    """How many references to the connection there are. A running statement, a cursor with rows to fetch, and an open
-    blob have one, too.
-    """
-    return sys.getrefcount(conn)
 
 
 def close_unused() -> None:
@@ -205,7 +178,7 @@ def close_unused() -> None:
     """
     for state in list(thread.connections):  # not of the connections themselves: such a list has references to them
         conn = thread.connections.get(state)  # the garbage collector may have closed it meanwhile
-        if conn is not None and not state.is_open and references(conn) <= conn.references:
+        if conn is not None and state.ended and not conn.is_in_use():
             conn.close()
 
 

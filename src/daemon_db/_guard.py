@@ -15,31 +15,29 @@ import errno
 import fcntl
 import logging
 import os
-import resource
-import select
 import struct
 import sys
 import threading
-import time
 import weakref
-from collections.abc import Iterable, Iterator
 
-from . import _process
-from ._place import File, FileId, find_id
-from .errors import NO_DESCRIPTORS, WAL_REMOVED
+from . import errors
+from ._file import File, FileId, find_id, id_of, status_of
+from ._process import this_process
+from .errors import OpenError
 
 _log = logging.getLogger("daemon_db")
+
+LOOK_EVERY = 0.01
+"""Seconds from one look of `transaction()` to the next, while the lock is held."""
 
 # macOS has such locks, too, with another structure.
 _SETLK: int | None = getattr(fcntl, "F_OFD_SETLK", None) if sys.platform == "linux" else None
 
 Bytes = tuple[int, int]  # the first one, and how many
-Version = tuple[int, int, int]  # of a directory: its device, its inode, and when it was last changed
 _SHARED = (0x40000002, 510)  # of the file: SQLite's SHARED lock (SHARED_FIRST and SHARED_SIZE in os_unix.c)
 _IN_USE = (128, 1)  # of the -shm: by this byte SQLite sees that somebody uses it (UNIX_SHM_DMS in os_unix.c)
-
-SETTLED_AFTER = 1.0
-"""Seconds after a change of a directory from which on any later change is sure to give it another time."""
+_WRITER = (120, 1)  # of the -shm: SQLite's lock of who writes (UNIX_SHM_BASE and WAL_WRITE_LOCK)
+_FLOCK = "hhqqi"  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 
 
 class Guard:
@@ -47,83 +45,73 @@ class Guard:
 
     def __init__(self) -> None:
         self.mutex = threading.RLock()
-        """For joining, and for leaving together with SQLite's close."""
+        """For joining, for looking, and for leaving together with SQLite's close."""
+        self.real_path = ""
+        self.is_locked = False
+        """Whether the lock could be had."""
         self._connections: set[object] = set()
-        self._directory: Version | None = None
-        """What the directory was when the -wal was last seen there; None if a later change might not show."""
-        self._shows_changes = False
-        """Whether the directory's time tells of each change."""
         self._wal_id: FileId | None = None
         self._index_id: FileId | None = None
         self._locks: dict[int, tuple[FileId, Bytes]] = {}
-        """For each descriptor that the lock is on: the file that is open there, and which bytes are locked.
+        """For each descriptor that the lock is on: the file that is open there, and which bytes are locked."""
 
-        Always a new dict, because a forked child reads it (see `_process.lock`).
-        """
-
-    def join(self, conn: object, file: File, likely: Iterable[int]) -> str | None:
+    def join(self, conn: object, file: File) -> None:
         """For a connection that has just read for the first time, and so has opened the WAL.
 
-        `likely` are the descriptors that SQLite has probably got for the file and the -shm. Return why the connection
-        must be closed: the WAL has been removed or replaced since that read, or SQLite can't write the -shm.
+        Raise `OpenError` if the WAL has been removed or replaced since that read, or SQLite can't write.
         """
         with self.mutex:
             if not self._connections:
-                self._directory, self._shows_changes = None, file.has_exact_times()
+                self.real_path = file.real_path
                 self._wal_id, self._index_id = file.wal_id(), file.index_id()
-                if reason := self._lock(file, likely):
-                    return reason
-            if not self._is_whole(file):
-                return WAL_REMOVED
+                self._lock(file)
+            if not self._has(file.wal_id(), file.index_id()):
+                raise OpenError(file.path, errors.WAL_REMOVED)
             self._connections.add(conn)
-            return None
 
-    def has(self, conn: object) -> bool:
-        """Whether the connection has joined."""
+    def has_joined(self, conn: object) -> bool:
+        """Whether this is one of the connections that the lock is for."""
         return conn in self._connections
 
-    def leave(self, conn: object, file: File) -> None:
-        """For a connection that will now be closed. The last one gives the lock back: it would block SQLite's close."""
+    def is_used(self) -> bool:
+        """Whether any connection has joined."""
+        return bool(self._connections)
+
+    def look(self, file: File) -> int | None:
+        """Is it still the same file, and the same -wal and -shm? Return the WAL's size, or None if the WAL is lost.
+
+        Raise `OpenError` if the file was removed or replaced: then what is beside it tells nothing of the WAL.
+        """
+        with self.mutex:  # so that no last connection closes meanwhile, and rightly removes both
+            file.refuse_replaced()
+            if self._is_overwritten():
+                raise file.replaced()
+            status = status_of(f"{file.real_path}-wal")
+            is_whole = self._has(id_of(status) if status else None, file.index_id())
+            if self._connections and not is_whole:
+                return None
+            return status.st_size if status else 0
+
+    def may_commit(self) -> bool:
+        """Whether SQLite still has the writer's lock. If it was dropped, others have committed meanwhile, maybe."""
+        for descriptor, (file_id, area) in self._locks.items():
+            if area == _IN_USE and find_id(descriptor) == file_id:
+                # A lock of another kind is asked for, so that this process's own is in its way. Another process's, too.
+                question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_WRITER, 0)
+                *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question))
+                return bool(pid == os.getpid())
+        return True
+
+    def leave(self, conn: object, file: File, keeps_lock: bool) -> None:
+        """For a connection that SQLite will now close. The last one gives the lock back: it would block SQLite's close.
+
+        If the last one keeps the lock, SQLite's close neither checkpoints nor removes the WAL.
+        """
         self._connections.discard(conn)
         if not self._connections:
-            self._unlock(file)
-
-    def leave_locked(self, conn: object) -> None:
-        """The same, but the lock stays in the way: SQLite's last close neither checkpoints nor removes the WAL."""
-        self._connections.discard(conn)
-
-    def is_locked(self) -> bool:
-        """Whether the lock could be had."""
-        return bool(self._locks)
-
-    def has_wal(self, file: File) -> bool:
-        """Whether the -wal beside the file is the one that the connections have.
-
-        To look at the -wal makes the next fsync take a seventh longer: once somebody has seen a file's times, Linux
-        keeps the next ones exactly, and has more to write (multigrain timestamps, from 6.13 on). So where this is so,
-        the directory is looked at instead. The -wal is looked at if something was added there, removed or renamed, and
-        for a second after that: the name may still be there when the directory has its new time.
-        """
-        status = file.directory_status() if self._shows_changes else None
-        directory = (status.st_dev, status.st_ino, status.st_ctime_ns) if status else None
-        if directory is not None and directory == self._directory:
-            return True
-        now = time.time()
-        is_there = file.wal_id() == self._wal_id is not None
-        is_settled = status is not None and now - status.st_ctime > SETTLED_AFTER
-        self._directory = directory if is_there and is_settled else None
-        return is_there
-
-    def has_index(self, file: File) -> bool:
-        """Whether the -shm beside the file is the one that the connections have."""
-        return file.index_id() == self._index_id is not None
-
-    def is_lost(self, file: File) -> bool:
-        """Whether the connections' -wal or -shm was removed or replaced: what they commit, nobody else sees."""
-        with self.mutex:  # so that no last connection closes meanwhile, and rightly removes both
-            is_whole = self._is_whole(file)
-            # If the file itself isn't there, what is beside it tells nothing.
-            return bool(self._connections) and not is_whole and file.is_there()
+            self._put_wal_aside_if_replaced(file)
+            if not keeps_lock:
+                self._unlock(file)
 
     def may_checkpoint(self, file: File) -> bool:
         """Whether a checkpoint at the last close overwrites nothing that others have committed.
@@ -134,216 +122,177 @@ class Guard:
 
         If somebody has emptied the file, a checkpoint would write a part of the pages only, and the WAL would be gone.
         """
-        if file.size() == 0:
+        if file.size() == 0 or self._is_overwritten():
             return False
-        if not self.is_lost(file):
+        wal_id, index_id = file.wal_id(), file.index_id()
+        if self._has(wal_id, index_id) or find_id(file.real_path) != file.id:
             return True
-        nobody_has_committed = file.wal_id() is None or self.has_index(file) and not file.wal_size()
-        return self.is_locked() and nobody_has_committed
+        nobody_has_committed = wal_id is None or (index_id == self._index_id and not file.wal_size())
+        return self.is_locked and nobody_has_committed
 
-    def _is_whole(self, file: File) -> bool:
-        return self.has_wal(file) and self.has_index(file)
+    def _put_wal_aside_if_replaced(self, file: File) -> None:
+        """Rename the WAL if another file is at the path: SQLite would play the WAL over that file."""
+        is_replaced = find_id(file.real_path) not in (None, file.id) or self._is_overwritten()
+        if is_replaced and not file.read_only and file.wal_id() == self._wal_id is not None:
+            try:
+                file.put_wal_aside(errors.WAL_OF_ANOTHER, self._wal_id)
+            except OpenError as error:  # close() raises nothing
+                _log.warning("%s", error)
 
-    def _lock(self, file: File, likely: Iterable[int]) -> str | None:
-        """Take the lock, if this system has such locks. Return why not, where the connection must be closed.
+    def _has(self, wal_id: FileId | None, index_id: FileId | None) -> bool:
+        """Whether these are the connections' own."""
+        return None not in (wal_id, index_id) and (wal_id, index_id) == (self._wal_id, self._index_id)
 
-        The lock is taken once. SQLite keeps a descriptor open, and the lock with it, for as long as any connection of
-        this process has a lock on the file.
+    def is_beside(self, file: File) -> bool:
+        """Whether the -wal or the -shm that is beside the file is the connections' own."""
+        return file.wal_id() == self._wal_id is not None or file.index_id() == self._index_id is not None
+
+    def _is_overwritten(self) -> bool:
+        """Whether a backup was copied into the file: then its header says that it isn't in WAL mode."""
+        return any(
+            area == _SHARED and find_id(descriptor) == file_id and _says_it_has_no_wal(descriptor)
+            for descriptor, (file_id, area) in self._locks.items()
+        )
+
+    def _lock(self, file: File) -> None:
+        """Take the lock, if this system has such locks. It is on SQLite's own descriptors.
+
+        It is taken once. SQLite keeps a descriptor open, and the lock with it, for as long as any connection of this
+        process has a lock on the file.
         """
-        wanted = {file.id: _SHARED, self._index_id: _IN_USE}
-        self._locks = {each: lock for each, lock in self._locks.items() if find_id(each) == lock[0]}
+        self._locks, self.is_locked = {}, False
+        areas = {file.id: _SHARED, self._index_id: _IN_USE}
+        found = _open_by_sqlite(file)
+        _refuse_reading_only(file, {file.id, self._wal_id, self._index_id}, found)
         try:
             if _SETLK is None:
                 raise OSError("this system has none")
-            found = _descriptors(wanted.keys(), likely)
-            # A process has the -shm open once, for all its connections. So this is found out before another one joins.
-            if file.may_write_index() and any(each == self._index_id and _is_read_only(n) for n, each in found.items()):
-                return NO_DESCRIPTORS
-            # Before there are locks: a fork may come between.
-            self._locks = self._locks | {each: (file_id, wanted[file_id]) for each, file_id in found.items()}
-            for descriptor, file_id in found.items():
-                with _unless_closed():
-                    _set(descriptor, fcntl.F_RDLCK, wanted[file_id])
-            locked = {file_id for each, (file_id, _) in self._locks.items() if find_id(each) == file_id}
-            if file.id not in locked:
+            for descriptor, (file_id, _) in found.items():
+                if file_id in areas:
+                    try:
+                        _set(descriptor, fcntl.F_RDLCK, areas[file_id])
+                    except OSError as error:
+                        if error.errno == errno.EBADF:  # another thread has opened the same file, and failed
+                            continue
+                        raise
+                    self._locks[descriptor] = file_id, areas[file_id]
+            if file.id not in (locked := {file_id for file_id, _ in self._locks.values()}):
                 raise OSError("SQLite's descriptor was not found")
-        except BlockingIOError:  # another process checkpoints: it takes itself for the last one that has the file open
-            self._release()
-            return WAL_REMOVED
+            self.is_locked = True
         except OSError as error:
             self._release()
-            _log.info(
-                "%s: there is no lock of an open file description (%s): see to it that nothing in this process but "
-                "SQLite opens and closes the file",
-                file.path,
-                error,
-            )
-            return None
-        # If it isn't, SQLite has another -shm open than the one that is there now.
-        return None if self._index_id in locked else WAL_REMOVED
+            if isinstance(error, BlockingIOError):  # another process checkpoints, and takes itself for the last one
+                raise OpenError(file.path, errors.WAL_REMOVED) from error
+            _log.info(errors.NO_LOCK, file.path, error)
+            return
+        if self._index_id not in locked:  # SQLite has another -shm open than the one that is there now
+            raise OpenError(file.path, errors.WAL_REMOVED)
 
     def _unlock(self, file: File) -> None:
         """Take SQLite's own locks again, because something may have dropped them, and give back ours."""
         try:
             for descriptor, (file_id, (start, length)) in self._locks.items():
                 if find_id(descriptor) == file_id:
-                    with _unless_closed():
-                        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, length, start)
+                    fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, length, start)
         except OSError as error:
-            _log.warning("%s: no lock for closing (%s): its WAL stays there until the next close", file.path, error)
+            _log.warning(errors.NO_LOCK_FOR_CLOSING, file.path, error)
         else:
             self._release()
 
     def _release(self) -> None:
         for descriptor, (file_id, area) in self._locks.items():
             if find_id(descriptor) == file_id:
-                with _unless_closed():
+                with contextlib.suppress(OSError):  # closed meanwhile
                     _set(descriptor, fcntl.F_UNLCK, area)
-        self._locks = {}
-
-    def let_go_in_child(self) -> None:
-        """Close in a forked child what the lock is on: else the lock would outlive the parent.
-
-        SQLite in the child may go on to use these descriptors. So the same files are opened anew there, with no lock.
-        """
-        for descriptor, (file_id, _) in self._locks.items():
-            if find_id(descriptor) == file_id:
-                mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
-                anew = os.open(f"/proc/self/fd/{descriptor}", mode)
-                os.dup2(anew, descriptor, inheritable=False)
-                os.close(anew)
-
-
-_guards: dict[FileId, weakref.ref[Guard]] = {}
+        self._locks, self.is_locked = {}, False
 
 
 def guard_of(file: File) -> Guard:
-    """The one that this process has for the file."""
-    if file.id is None:
-        raise ValueError(f"{file.path} has not been opened")
-    with _process.lock:
-        guard = _get(file.id)
-        if guard is None:
-            # No WeakValueDictionary: a signal's exception that strikes in its callbacks is lost.
-            for each in [file_id for file_id in _guards if _get(file_id) is None]:
-                del _guards[each]
-            guard = Guard()
-            _guards[file.id] = weakref.ref(guard)
+    """The one that this process has for the file that SQLite has opened."""
+    assert file.id is not None
+    this = this_process()
+    with this.lock:
+        # No WeakValueDictionary: a signal's exception that strikes in its callbacks is lost.
+        alive = {file_id: reference for file_id, reference in this.guards.items() if reference() is not None}
+        guard: Guard = (file.id in alive and alive[file.id]()) or Guard()
+        this.guards = alive | {file.id: weakref.ref(guard)}
         return guard
 
 
-def is_lost(file: File) -> bool:
-    """Whether this process has the file open and has lost the WAL. SQLite would read a new WAL by the old index."""
-    with _process.lock:
-        guard = _get(file.id)
-    return guard is not None and guard.is_lost(file)
+def refuse_lost(file: File) -> None:
+    """Raise `OpenError` if this process has the file open, and the file was emptied, or its WAL is lost.
 
-
-def _get(file_id: FileId | None) -> Guard | None:
-    reference = _guards.get(file_id) if file_id else None
-    return reference() if reference else None
-
-
-def _after_fork_in_child() -> None:
-    guards = [_get(file_id) for file_id in _guards]
-    _guards.clear()
-    for guard in guards:
-        if guard is not None:
-            guard.let_go_in_child()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def next_descriptors() -> list[int]:
-    """The lowest free ones, which the system gives to the next files that are opened. Empty if there are too few."""
-    if _SETLK is None:
-        return []
-    try:
-        taken = [select.epoll() for _ in range(4)]  # an epoll object is a descriptor, which is closed with the object
-    except OSError:
-        return []
-    return [each.fileno() for each in taken]
-
-
-def is_open_to_read_only(file: File, likely: Iterable[int]) -> bool:
-    """Whether SQLite has just opened the file or its -wal for reading only, which it was asked to open for writing.
-
-    SQLite does so, and says nothing, where to open it for writing fails: a lack of descriptors for a moment is enough.
-    `likely` are the descriptors that SQLite has probably got. On others, other connections may rightly only read.
+    SQLite would read a new WAL by the old index. The same if this process has open another file, which was here before,
+    and whose -shm is still here. SQLite doesn't see locks of its own process: for the new file, it would empty that
+    -shm, and begin its index anew. Threads that have the old file open would then crash (SIGBUS), or write into the new
+    file's index.
     """
-    if file.mode() == "ro":
-        return False
-    wanted = {file.id, file.wal_id()} - {None}
-    return any(_is_read_only(each) and _find_sqlites(each) in wanted for each in likely)
+    for file_id, reference in this_process().guards.items():
+        guard: Guard | None = reference()
+        if guard is None or not guard.is_used():
+            continue
+        if file_id == file.id and guard.look(file) is None:
+            has_two_names = guard.real_path != file.real_path
+            reason = errors.TWO_NAMES.format(guard.real_path) if has_two_names else errors.WAL_REMOVED
+            raise OpenError(file.path, reason)
+        if file_id != file.id and guard.is_beside(file):
+            raise OpenError(file.path, errors.REPLACED)
 
 
-def has_one_to_read_only(file: File) -> bool:
-    """Whether SQLite has the file or its -wal open for reading only, for this connection or another."""
+def put_wal_of_another_aside(file: File) -> None:
+    """Rename a -wal beside a file whose header says that it has none. SQLite would play it over the file.
+
+    The header is that of the file which SQLite has just opened, and not yet read.
+    """
+    wal_id = file.wal_id()
+    if not file.wal_size() or not any(
+        file_id == file.id and _says_it_has_no_wal(descriptor)
+        for descriptor, (file_id, _) in _open_by_sqlite(file).items()
+    ):
+        return
+    if file.read_only:
+        raise OpenError(file.path, errors.WAL_OF_ANOTHER_KEPT)
+    file.put_wal_aside(errors.WAL_OF_ANOTHER, wal_id)
+
+
+def _says_it_has_no_wal(descriptor: int) -> bool:
+    """Whether the file's header says rollback-journal mode (https://sqlite.org/fileformat2.html, 1.3.3)."""
+    return os.pread(descriptor, 2, 18) == b"\1\1"
+
+
+def _open_by_sqlite(file: File) -> dict[int, tuple[FileId, int]]:
+    """All descriptors that SQLite has in this process: which file is open there, and whether to read, or to write.
+
+    SQLite opens files by O_NOFOLLOW, unlike `open()` and the like. Where there is no list of descriptors, none.
+    """
+    found: dict[int, tuple[FileId, int]] = {}
     try:
-        return is_open_to_read_only(file, _all_descriptors() if _SETLK else ())
-    except OSError:  # no list of them can be had
-        return False
-
-
-def refused_lock(file: File) -> OSError | None:
-    """What the system says to a lock on SQLite's descriptors, if it refuses locks: SQLite takes that for "busy"."""
-    if _SETLK is None:
-        return None
-    for descriptor in _descriptors([file.id, file.index_id()], ()):
+        descriptors = os.listdir("/proc/self/fd")
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise OpenError(file.path, errors.NO_DESCRIPTORS) from error
+        return found
+    for descriptor in map(int, descriptors):
         try:
-            # Only asked, not taken: to take and drop it would drop SQLite's own.
-            fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, *_SHARED, 0))
-        except OSError as error:
-            if error.errno != errno.EBADF:
-                return error
-    return None
+            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        except OSError:
+            continue  # another thread has closed it
+        if flags & os.O_NOFOLLOW and (file_id := find_id(descriptor)):
+            found[descriptor] = file_id, flags & os.O_ACCMODE
+    return found
 
 
-def _is_read_only(descriptor: int) -> bool:
-    try:
-        return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
-    except OSError:
-        return False  # another thread has closed it
+def _refuse_reading_only(file: File, wanted: set[FileId | None], found: dict[int, tuple[FileId, int]]) -> None:
+    """Raise `OpenError` if SQLite could open one of these for reading only, and was asked to write.
 
-
-def _descriptors(files: Iterable[FileId | None], likely: Iterable[int]) -> dict[int, FileId]:
-    """Those that SQLite has for these files. All descriptors of the process are looked at only if that is needed."""
-    wanted = set(files) - {None}
-    found = {each: file_id for each in likely if (file_id := _find_sqlites(each)) in wanted}
-    if set(found.values()) != wanted:
-        found = {each: file_id for each in _all_descriptors() if (file_id := _find_sqlites(each)) in wanted}
-    return found  # type: ignore[return-value]
-
-
-def _all_descriptors() -> Iterable[int]:
-    try:
-        return map(int, os.listdir("/proc/self/fd"))
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise
-        return range(resource.getrlimit(resource.RLIMIT_NOFILE)[0])  # every descriptor is in use: the range is short
-
-
-def _find_sqlites(descriptor: int) -> FileId | None:
-    """Which file is open there, if it is SQLite that has opened it: by O_NOFOLLOW, unlike `open()` and the like."""
-    try:
-        is_sqlites = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_NOFOLLOW
-    except OSError:
-        return None  # another thread has closed it
-    return find_id(descriptor) if is_sqlites else None
-
-
-@contextlib.contextmanager
-def _unless_closed() -> Iterator[None]:
-    """Go on if the descriptor is closed: another thread may have opened the same file, and failed, at this moment."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.EBADF:
-            raise
+    SQLite says nothing of that. A lack of descriptors for a moment is enough.
+    """
+    readable = {file_id for file_id, _ in found.values()}
+    writable = {file_id for file_id, mode in found.values() if mode != os.O_RDONLY}
+    if not file.read_only and wanted & readable - writable:
+        raise OpenError(file.path, errors.NO_DESCRIPTORS)
 
 
 def _set(descriptor: int, kind: int, area: Bytes) -> None:
     assert _SETLK is not None
-    fcntl.fcntl(descriptor, _SETLK, struct.pack("hhqqi", kind, os.SEEK_SET, *area, 0))
+    fcntl.fcntl(descriptor, _SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, *area, 0))

@@ -14,45 +14,39 @@ _NETWORK = frozenset(
     " lustre ncpfs nfs nfs4 ocfs2 orangefs prl_fs pvfs2 smb3 smbfs vboxsf virtiofs".split()
 )
 
-_EXACT = frozenset("btrfs ext4 tmpfs xfs".split())  # not FAT's root: it has no time; a union's may be another branch's
+
+def mount_of(real_path: str) -> tuple[bool, str | None]:
+    """Whether the file is mounted without its directory, and the name of its file system, if machines may share it."""
+    path, mounts = _escaped(real_path), _mounts()
+    mount = _mount_of(path, mounts)
+    is_alone = _place(path, mount) != _place(path, _mount_of(os.path.dirname(path), mounts))
+    name = os.fsdecode(mount.partition(b" - ")[2].split(b" ", 1)[0])
+    return is_alone, name if name in _NETWORK else None
 
 
-def mount_of(path: str) -> tuple[bool, str]:
-    """Whether something is mounted at the path, and the name of the file system there: "" if nothing is known."""
-    real_path = _escaped(os.path.realpath(path))
-    line = _mount_of(real_path, _mounts())
-    return _point(line) == real_path, os.fsdecode(line.partition(b" - ")[2].split(b" ", 1)[0])
-
-
-def network_file_system(name: str) -> str | None:
-    """The file system's name, if machines may share it."""
-    return name if name in _NETWORK else None
-
-
-def has_exact_times(name: str) -> bool:
-    """Whether Linux keeps exact times for that file system."""
-    return name in _EXACT
-
-
-def _mount_of(path: bytes, mounts: bytes) -> bytes:
-    """The line of the mount in which the path lies: the last one, because a later mount hides what was there."""
-    found = b""
-    for line in mounts.splitlines():
-        if path == _point(line) or path.startswith(_point(line).rstrip(b"/") + b"/"):
-            found = line
-    return found
-
-
-def _point(line: bytes) -> bytes:
-    return line.split(b" ", 5)[4] if line else b""
-
-
-def _mounts() -> bytes:
+def _mounts() -> list[bytes]:
     try:
         with open(_LIST, "rb", buffering=0) as file:
-            return file.readall()
+            return file.readall().splitlines()
     except OSError:
-        return b""
+        return []
+
+
+def _mount_of(path: bytes, mounts: list[bytes]) -> bytes:
+    """The line of the mount in which the path lies: the last one, because a later mount hides what was there."""
+    for line in reversed(mounts):
+        point = line.split(b" ", 5)[4]
+        if path == point or path.startswith(point.rstrip(b"/") + b"/"):
+            return line
+    return b""
+
+
+def _place(path: bytes, mount: bytes) -> tuple[bytes, bytes] | None:
+    """The device, and where in its file system the path leads: the mount begins at its `root`."""
+    if not mount:
+        return None
+    _, _, device, root, point, _ = mount.split(b" ", 5)
+    return device, root.rstrip(b"/") + path[len(point.rstrip(b"/")) :]
 
 
 def _escaped(path: str) -> bytes:

@@ -4,27 +4,23 @@ import contextlib
 import logging
 import os
 import sqlite3
-import time
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Never, Self
 
-from . import _guard, _opening, _place, _process
-from ._connection import Connection, State, close_this_threads, close_unused, references, thread
+from . import _file, _opening, errors
+from ._connection import CLOSED, Connection, Stage, State, close_this_threads, close_unused, thread
+from ._guard import LOOK_EVERY
+from ._wait import now
 from ._wal import Checkpoints
-from .errors import (
-    NO_DESCRIPTORS,
-    NO_TRANSACTION,
-    WAL_REMOVED,
-    OpenError,
-    is_busy,
-    locked,
-    primary_code,
-    whom_it_waited_for,
-)
+from .errors import OpenError, is_busy, locked, primary_code, whom_it_waited_for
 
 _log = logging.getLogger("daemon_db")
+
+LONG = 0.001
+"""Seconds of a block after which SQLite's lock is asked for before COMMIT. To ask each time would cost a tenth."""
 
 _LONGEST_TIMEOUT = 2_147_483  # SQLite counts milliseconds in 32 bits: more would turn negative, and that means no wait
 
@@ -79,21 +75,23 @@ class DB:
 
         https://sqlite.org/wal.html, https://sqlite.org/foreignkeys.html, https://sqlite.org/lang_altertable.html.
         """
-        try:
-            is_in_range = 0 <= timeout <= _LONGEST_TIMEOUT
-        except TypeError as error:
-            raise TypeError(f"timeout must be a number of seconds, not {timeout!r}") from error
-        if not is_in_range:
+        if not 0 <= timeout <= _LONGEST_TIMEOUT:
             raise ValueError(f"timeout must be from 0 to {_LONGEST_TIMEOUT} seconds, not {timeout!r}")
         db = cls.__new__(cls)
-        db._open(State(_place.locate(path, read_only, create), float(timeout)), on_connect)
+        db._open(State(_file.locate(path, read_only, create), float(timeout)), on_connect)
         return db
 
     def _open(self, state: State, on_connect: Callable[[sqlite3.Connection], object] | None) -> None:
         self.path = state.file.path
         self._state = state
         self._on_connect = on_connect
-        self._checkpoints = Checkpoints(state.file)
+        self._checkpoints = Checkpoints(self.path)
+        self._next_look = 0.0
+        """When `transaction()` is to look whether all is still there; 0: each time."""
+        self._long_after = 0.0
+        """When the block that is running becomes a long one."""
+        self._writer = ""
+        """The thread that has the turn, or had it last."""
         self._finalizer = weakref.finalize(self, _drop, state)
         self._finalizer.atexit = False  # a function that was registered for the exit earlier may want to use the DB
         try:
@@ -112,11 +110,7 @@ class DB:
         Raises `sqlite3.ProgrammingError` after `close()` and in a forked child (https://sqlite.org/howtocorrupt.html,
         2.6). A thread's first use raises what `open` raises, for instance if the file was removed or replaced.
         """
-        if self._state.is_open:
-            conn = thread.connections.get(self._state)
-            if conn is not None and conn.is_usable:
-                return conn
-        return self._connection()  # opens one, or says why not
+        return self._connection()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -135,7 +129,7 @@ class DB:
         If a signal's exception strikes in the very instructions that begin or end the block, the rollback may wait
         until the exception's traceback is gone. Usually that is the end of the `except` clause.
 
-        After a commit, where the WAL has more than 16 MB, it is checkpointed, which may wait 0.2 seconds for readers.
+        Where the WAL has more than 16 MB, it is checkpointed first or last, which may wait 0.2 seconds for readers.
         Where they don't end, the logger "daemon_db" warns (https://sqlite.org/wal.html#ckpt).
         https://sqlite.org/lang_transaction.html.
         """
@@ -143,44 +137,39 @@ class DB:
         conn = self._connection()
         if conn.in_transaction:
             self._refuse_nested(conn)
+        warning, is_in_block = None, False
         try:
             if not state.turn.acquire(True, state.timeout):  # by keyword, this takes three times as long
-                raise locked(
-                    f"{self.path}: waited {state.timeout} s for another thread's transaction() in this process"
-                )
-            self._refuse_use()  # another thread may have closed the DB meanwhile
-            self._begin(conn)
-            yield conn
-            self._refuse_fork()
-            state.refuse_lost_index()
+                raise locked(f"{self.path}: {errors.WAITED_FOR_TURN.format(state.timeout, self._writer)}")
+            self._writer = conn.thread_name
+            # Python runs signal handlers where a Python function begins, and not where a method begins that is C code.
+            # So ROLLBACK and release() are called here directly: no signal's exception can keep them from being done.
             try:
-                conn.execute("COMMIT")
-            except sqlite3.OperationalError as error:
-                if primary_code(error) == sqlite3.SQLITE_ERROR:  # "no transaction is active"
-                    error.add_note(f"{self.path}: {NO_TRANSACTION}")
-                elif is_busy(error):  # in a file in WAL mode, it never is
-                    error.add_note(f"{self.path}: another thread reads, and in memory a writer waits for readers")
+                warning = self._begin(conn)
+                is_in_block = True
+                yield conn
+                is_in_block = False
+                warning = self._commit(conn) or warning
+            except BaseException as error:
+                try:
+                    if conn.thread_id != threading.get_ident():
+                        self._leave_to_its_thread(conn, error)
+                    elif conn.in_transaction:
+                        if state.pid == os.getpid():  # in a forked child, it is the parent's
+                            conn.execute("ROLLBACK")
+                    elif is_in_block:
+                        error.add_note(f"{self.path}: {errors.NO_TRANSACTION}")
+                except sqlite3.Error as second:
+                    error.add_note(f"{self.path}: {errors.ROLLBACK_FAILED.format(second)}")
+                    conn.close()
+                if primary_code(error) == sqlite3.SQLITE_READONLY and not isinstance(error, OpenError):
+                    self._explain_read_only(conn, error)
                 raise
-            state.refuse_unseen_commit()
-            warning = self._checkpoints.after_commit(conn)
-        # Python runs signal handlers where a Python function begins, and not where a method begins that is C code. So
-        # execute() and release() are called here directly: no signal's exception can keep them from being done.
-        except BaseException as error:
-            try:
-                if state.pid == _process.pid and conn.in_transaction:  # in a forked child, it is the parent's
-                    conn.execute("ROLLBACK")
-            except sqlite3.Error as second:  # for instance, another thread has closed this generator
-                error.add_note(f"ROLLBACK failed, too: {second}")
-                conn.close()
-            if isinstance(error, sqlite3.OperationalError):
-                self._explain_read_only(conn, error)
-            raise
         finally:
             try:
-                if conn.connections is thread.connections:  # else another thread has closed this generator
-                    state.turn.release()
+                state.turn.release()
             except RuntimeError:
-                pass  # this thread did not get the turn, or conn.close() has given it back
+                pass  # this thread doesn't have the turn: it did not get it, or conn.close() has given it back
         if warning:
             _log.warning(warning)  # after the turn was given back: a handler may be slow, or write to this database
 
@@ -203,29 +192,26 @@ class DB:
         conn = self._connection()
         if conn.in_transaction:
             self._refuse_nested(conn)
-        cursor = sqlite3.Cursor(conn)
-        cursor.row_factory = None  # the caller's may make anything of a row
-        (query_only,) = cursor.execute("PRAGMA query_only").fetchone()
-        put_back = f"PRAGMA query_only={query_only}"
-        start = time.monotonic()
+        put_back = f"PRAGMA query_only={'ON' if self._state.file.read_only else 'OFF'}"
+        start = now()
         try:
             conn.execute("PRAGMA query_only=ON")
             conn.execute("BEGIN")
             try:
-                cursor.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()  # BEGIN alone fixes nothing
+                _opening.read_first(conn)  # BEGIN alone fixes nothing
             except sqlite3.OperationalError as error:
                 if is_busy(error):
-                    error.add_note(f"{self.path}: waited {time.monotonic() - start:.1f} s for another connection")
+                    error.add_note(f"{self.path}: {errors.WAITED_FOR_READ.format(now() - start)}")
                 raise
-            self._state.refuse_lost()  # what is read in a lost WAL is as old as the loss
+            self._state.look()  # what is read in a lost WAL is as old as the loss
             yield conn
         except sqlite3.OperationalError as error:
             if primary_code(error) == sqlite3.SQLITE_READONLY and not isinstance(error, OpenError):
-                error.add_note(f"{self.path}: in a snapshot(), its connection only reads")
+                error.add_note(f"{self.path}: {errors.IN_SNAPSHOT}")
             raise
         finally:
             # As in transaction(): methods that are C code. A signal's exception may strike right after the first one.
-            if self._state.pid == _process.pid:
+            if self._state.pid == os.getpid():
                 try:
                     try:
                         if conn.in_transaction:
@@ -243,8 +229,8 @@ class DB:
         call this from a signal handler or an SQL function: to close a connection in the middle of its statement crashes
         Python.
         """
-        self._state.is_open = False
-        if self._state.pid == _process.pid:
+        self._state.ended = self._state.ended or CLOSED
+        if self._state.pid == os.getpid():
             close_this_threads(self._state)
             self._state.file.close()
         self._finalizer.detach()  # last: if a signal's exception interrupts this, the finalizer does the rest
@@ -256,67 +242,99 @@ class DB:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__qualname__} {self.path!r} {'open' if self._state.is_open else 'closed'}>"
+        return f"<{type(self).__qualname__} {self.path!r} {'closed' if self._state.ended else 'open'}>"
 
     def __reduce__(self) -> Never:
         raise TypeError(f"cannot copy or pickle {self!r}: open a DB there")
 
-    def _begin(self, conn: Connection) -> None:
-        start = time.monotonic()
+    def _begin(self, conn: Connection) -> str | None:
+        """Return the warning of a look."""
+        if self._state.ended:
+            self._refuse_use()  # another thread has closed the DB meanwhile
+        start = now()
+        warning = self._look(conn) if start >= self._next_look else None
         try:
             conn.execute("BEGIN IMMEDIATE")
         except sqlite3.DatabaseError as error:
-            waited = time.monotonic() - start
             if is_busy(error):
-                error.add_note(f"{self.path}: {whom_it_waited_for(error, waited, self._state.timeout)}")
-            self._state.end_if_wal_is_lost()  # SQLite's own words for a lost WAL may be "malformed"
+                error.add_note(f"{self.path}: {whom_it_waited_for(error, now() - start, self._state.timeout)}")
+            self._state.look()  # SQLite's own words for a lost WAL may be "malformed"
             raise
-        self._state.refuse_before_write()
+        self._long_after = start + LONG
+        return warning
+
+    def _commit(self, conn: Connection) -> str | None:
+        """Return the warning of a look."""
+        state = self._state
+        if state.pid != os.getpid():
+            self._refuse_use()
+        time = now()
+        if time >= self._next_look:  # the block was long: others may have begun another WAL
+            state.look()
+        if time >= self._long_after and conn.in_transaction and state.guard and not state.guard.may_commit():
+            raise locked(f"{self.path}: {errors.LOCK_DROPPED}")
+        try:
+            conn.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            if primary_code(error) == sqlite3.SQLITE_ERROR:  # "no transaction is active"
+                error.add_note(f"{self.path}: {errors.NO_TRANSACTION}")
+            elif is_busy(error):  # in a file in WAL mode, it never is
+                error.add_note(f"{self.path}: {errors.READERS_IN_MEMORY}")
+            raise
+        return self._look(conn) if now() >= self._next_look else None
+
+    def _look(self, conn: Connection) -> str | None:
+        """Is all of it still there, and is the WAL small? Return a warning if the WAL can't be made small.
+
+        While the guard's lock is held, no program removes the WAL. If a person does, what was committed just before is
+        lost, too. So to find out a hundredth of a second late loses nothing more; and each look takes time. Where there
+        is no lock, the WAL may go at any moment, and `_next_look` stays 0.
+        """
+        state = self._state
+        size = state.look()
+        if state.guard is None or state.guard.is_locked:
+            self._next_look = now() + LOOK_EVERY
+        return self._checkpoints.keep_small(conn, size)
 
     def _refuse_nested(self, conn: Connection) -> None:
         """Raise SQLite's own refusal. The outer transaction can go on."""
         try:
             conn.execute("BEGIN")
         except sqlite3.OperationalError as error:
-            error.add_note(
-                f"{self.path}: this thread is in a transaction(), a snapshot(), or a BEGIN or SAVEPOINT by hand"
-            )
+            error.add_note(f"{self.path}: {errors.NESTED}")
             raise
 
-    def _explain_read_only(self, conn: Connection, error: sqlite3.OperationalError) -> None:
+    def _leave_to_its_thread(self, conn: Connection, error: BaseException) -> None:
+        """Say that this thread can't end the transaction. The turn comes back when the other one uses the `DB`."""
+        here = threading.current_thread().name
+        error.add_note(f"{self.path}: {errors.LEFT_IN_ANOTHER_THREAD.format(conn.thread_name, here)}")
+        conn.close()
+
+    def _explain_read_only(self, conn: Connection, error: BaseException) -> None:
         """Say why SQLite can't write. If it could open the file for reading only, have the connection replaced."""
-        if primary_code(error) != sqlite3.SQLITE_READONLY or isinstance(error, OpenError):
-            return
-        file = self._state.file
-        if file.read_only:
-            error.add_note(f"{self.path}: this DB was opened with read_only=True")
-        elif not _process.has_reader(file) and _guard.has_one_to_read_only(file):
-            error.add_note(f"{self.path}: {NO_DESCRIPTORS}. This thread's next use of the DB opens another connection")
-            conn.is_usable = False
+        is_meant = self._state.file.read_only
+        error.add_note(f"{self.path}: {errors.OPENED_READ_ONLY if is_meant else errors.NO_DESCRIPTORS}")
+        if not is_meant:
+            conn.stage = Stage.SPENT
 
     def _connection(self) -> Connection:
         """The calling thread's connection, opened if the thread has none."""
-        self._refuse_use()
-        conn = thread.connections.get(self._state)
-        if conn is None or not conn.is_usable:
+        state = self._state
+        if state.ended or state.pid != os.getpid():
+            self._refuse_use()
+        conn = thread.connections.get(state)
+        if conn is None or conn.stage is not Stage.READY:
             return self._connect(_opening.open_another)
         return conn
 
     def _refuse_use(self) -> None:
         """Raise an error in a forked child, and if the `DB` was closed or has lost its WAL."""
-        self._refuse_fork()
-        if not self._state.is_open:
+        ended = self._state.ended
+        if self._state.pid != os.getpid():
+            raise sqlite3.ProgrammingError(f"{self!r}: {errors.FORKED}")
+        if ended is not None:
             close_unused()
-            if self._state.has_lost_wal:
-                raise OpenError(self.path, WAL_REMOVED)
-            raise sqlite3.ProgrammingError("Cannot operate on a closed database.")  # in sqlite3's words
-
-    def _refuse_fork(self) -> None:
-        if self._state.pid != _process.pid:
-            raise sqlite3.ProgrammingError(
-                f"{self!r} was opened before a fork(), which no connection survives: "
-                "close it in the parent before it forks, and open a new DB in the child"
-            )
+            raise sqlite3.ProgrammingError(ended) if ended is CLOSED else OpenError(self.path, ended)
 
     def _connect(self, open_connection: Callable[[State], Connection]) -> Connection:
         """Open the calling thread's connection."""
@@ -324,13 +342,13 @@ class DB:
         close_unused()
         try:
             conn = open_connection(self._state)
-            conn.references = references(conn)
+            conn.count_own_references()
             if self._on_connect is not None:
                 self._on_connect(conn)
                 if conn.in_transaction or conn.isolation_level is not None:
                     raise sqlite3.ProgrammingError("on_connect must leave the connection in autocommit mode")
             self._refuse_use()  # another thread may have closed the DB meanwhile
-            conn.is_usable = conn.was_opened = True
+            conn.stage = Stage.READY
         except BaseException:
             close_this_threads(self._state)
             raise
@@ -342,9 +360,9 @@ def _drop(state: State) -> None:
 
     The garbage collector may call it at any moment. So the connections are left to their threads.
     """
-    if state.pid != os.getpid():  # not _process.pid: in a forked child, this may be called before that is set
+    if state.pid != os.getpid():
         return
-    is_unclosed, state.is_open = state.is_open, False
+    is_unclosed, state.ended = not state.ended, state.ended or CLOSED
     state.file.close()
     if is_unclosed:
         warnings.warn(f"unclosed database {state.file.path!r}", ResourceWarning, stacklevel=2)

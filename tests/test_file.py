@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, OpenError, _connection, _place, _wal
+from daemon_db import DB, OpenError, _connection, _file, _wal
 from daemon_db.errors import NOT_A_DATABASE, WAL_WITHOUT_FILE
 from support import (
     LIMIT,
@@ -297,7 +297,7 @@ class TestNotToBeOpened:
         """Such as in a file system without shared memory: here, in a VFS without it."""
         uri = f"{(tmp_path / 'db').as_uri()}?vfs=unix-dotfile"
         with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as conn, pytest.raises(OpenError) as caught:
-            _wal.turn_on(conn, _place.locate(tmp_path / "db", read_only=False), 5)
+            _wal.turn_on(conn, _file.locate(tmp_path / "db", read_only=False), 5)
         assert caught.value.reason == "WAL mode is not available here: journal_mode stayed 'delete'"
 
     @pytest.mark.parametrize("read_only", [False, True])
@@ -580,17 +580,17 @@ class TestWhatIsLeftOfAnotherFile:
     ) -> None:
         """Another process makes the file just while it is looked for, and then the -wal."""
         path = tmp_path / "db"
-        wal_size = _place.File.wal_size
+        wal_size = _file.File.wal_size
 
-        def make(file: _place.File) -> int:
+        def make(file: _file.File) -> int:
             if not path.exists():
                 with monkeypatch.context() as patch:
-                    patch.setattr(_place.File, "wal_size", wal_size)
+                    patch.setattr(_file.File, "wal_size", wal_size)
                     make_killed(path)
             return wal_size(file)
 
         with monkeypatch.context() as patch:
-            patch.setattr(_place.File, "wal_size", make)
+            patch.setattr(_file.File, "wal_size", make)
             with DB.open(path) as db:
                 assert count_in_a_thread(db) == 1
 
