@@ -32,8 +32,10 @@ def back_up(conn: sqlite3.Connection, state: State, destination: str) -> dict[st
             os.replace(part, target)  # last: what fails, fails before
             with contextlib.suppress(OSError):  # as SQLite does: not every directory can be synced
                 directory = os.open(os.path.dirname(target), os.O_RDONLY)
-                os.fsync(directory)
-                os.close(directory)
+                try:
+                    os.fsync(directory)
+                finally:
+                    os.close(directory)
         return found | {"backup": target if is_written else None}
     finally:
         for suffix in ("", "-journal"):
@@ -97,12 +99,17 @@ def let_interrupts_in(conn: sqlite3.Connection) -> None:
 def problems_and_rows(conn: sqlite3.Connection) -> dict[str, Any]:
     """What `PRAGMA integrity_check` finds wrong; if that is nothing, what `foreign_key_check` finds, and the rows."""
     rows: list[str] = []
+    # After it has named the damaged pages, it goes on to read them, and fails. Python's cursor is a row ahead: it makes
+    # the text of the row that names them, and then raises that error instead of giving the row.
+    text_factory, conn.text_factory = conn.text_factory, lambda text: rows.append(text.decode("utf-8", "replace"))
     try:
-        rows.extend(row for (row,) in conn.execute("PRAGMA integrity_check"))
+        conn.execute("PRAGMA integrity_check").fetchall()
     except sqlite3.DatabaseError as error:
         if primary_code(error) != sqlite3.SQLITE_CORRUPT:
             raise
         rows.append(str(error))
+    finally:
+        conn.text_factory = text_factory
     if rows != ["ok"]:
         return {"damaged": True, "problems": [line for row in rows for line in row.splitlines()], "rows": {}}
     orphans = conn.execute("PRAGMA foreign_key_check").fetchall()

@@ -63,12 +63,12 @@ class Connection(sqlite3.Connection):
     def __init__(self, state: State) -> None:
         self.state = state
         self.stage = Stage.OPENING
-        self.thread_id = threading.get_ident()
-        self.thread_name = threading.current_thread().name
+        self.thread_name = this_threads_name()
+        self._thread = thread.token
         self._threads_connections = thread.connections
         self._own_references = 0
-        this_process().add(self, state.file)
         try:
+            this_process().add(self, state.file)
             super().__init__(state.file.uri(), timeout=state.timeout, isolation_level=None, uri=True)
         except BaseException:
             this_process().remove(self)
@@ -82,6 +82,10 @@ class Connection(sqlite3.Connection):
         """Keep the WAL there that the first read has opened. Raise `OpenError` if it isn't there any more."""
         if self.state.guard:
             self.state.guard.join(self, self.state.file)
+
+    def is_this_threads(self) -> bool:
+        """Whether the calling thread is the one that opened the connection."""
+        return self._thread is thread.token
 
     def count_own_references(self) -> None:
         """Remember how many references there are while no caller has the connection."""
@@ -97,18 +101,23 @@ class Connection(sqlite3.Connection):
         In another thread, leave that to the connection's own thread; in a forked child, to the parent. Closing in the
         middle of a statement (in an SQL function, for one) crashes Python.
         """
+        if self.is_this_threads():
+            self.close_in_its_thread()
+        else:
+            self.stage = Stage.SPENT
+
+    def close_in_its_thread(self) -> None:
+        """As `close`, also where the thread is ending, and doesn't know itself any more."""
         if self.state.pid != os.getpid() or self not in this_process().open_files:
             return  # the parent's, or closed already
-        if self.thread_id != threading.get_ident():
-            self.stage = Stage.SPENT
-            return
+        is_refused, self.stage = self.stage is Stage.OPENING, Stage.SPENT  # first: a signal may interrupt this
         with contextlib.suppress(sqlite3.Error):  # if ROLLBACK fails, SQLite's close rolls back
             # Without this, SQLite keeps the write lock after its close, as long as a cursor has rows to fetch.
             if self.in_transaction:
                 self.execute("ROLLBACK")
         guard = self.state.guard
         with guard.mutex if guard else contextlib.nullcontext():
-            if guard is None or self._leave(guard):
+            if guard is None or self._leave(guard, is_refused):
                 super().close()
                 this_process().remove(self)
         if self._threads_connections.get(self.state) is self:
@@ -116,13 +125,13 @@ class Connection(sqlite3.Connection):
         with contextlib.suppress(RuntimeError):  # this thread doesn't have the turn
             self.state.turn.release()
 
-    def _leave(self, guard: Guard) -> bool:
+    def _leave(self, guard: Guard, is_refused: bool) -> bool:
         """Return whether SQLite may close: not if it would checkpoint over others' commits, and nothing prevents that.
 
         Where the file was refused, or is only read, its WAL is left there: a killed process may have left rows in it.
         """
         file = self.state.file
-        leaves_wal = (file.read_only or self.stage is Stage.OPENING) and file.wal_size() > 0
+        leaves_wal = (file.read_only or is_refused) and file.wal_size() > 0
         if leaves_wal and not guard.has_joined(self):  # the first read has failed
             with contextlib.suppress(OpenError):
                 self.join_guard()
@@ -152,17 +161,23 @@ class _ClosesAtThreadEnd:
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_finalizing():  # at exit, a daemon thread may be in the middle of a statement
             for conn in list(self._connections.values()):
-                conn.close()
+                conn.close_in_its_thread()
 
 
 class _ThreadLocal(threading.local):
     def __init__(self) -> None:
+        self.token = object()  # the number of a thread that has ended is given to another one
         self.connections: dict[State, Connection] = {}
         self._end = _ClosesAtThreadEnd(self.connections)
 
 
 thread = _ThreadLocal()
-"""`thread.connections` are the calling thread's connections, one for each `DB`."""
+"""The calling thread: `connections` are the thread's own, one for each `DB`, and by its `token` a thread is known."""
+
+
+def this_threads_name() -> str:
+    """With the number that the system has for it, because a pool may give one name to all its threads."""
+    return f"{threading.current_thread().name} ({threading.get_native_id()})"
 
 
 def close_this_threads(state: State) -> None:

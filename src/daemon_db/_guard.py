@@ -47,8 +47,6 @@ class Guard:
         self.mutex = threading.RLock()
         """For joining, for looking, and for leaving together with SQLite's close."""
         self.real_path = ""
-        self.is_locked = False
-        """Whether the lock could be had."""
         self._connections: set[object] = set()
         self._wal_id: FileId | None = None
         self._index_id: FileId | None = None
@@ -73,6 +71,11 @@ class Guard:
         """Whether this is one of the connections that the lock is for."""
         return conn in self._connections
 
+    @property
+    def is_locked(self) -> bool:
+        """Whether the lock could be had."""
+        return bool(self._locks)
+
     def is_used(self) -> bool:
         """Whether any connection has joined."""
         return bool(self._connections)
@@ -91,6 +94,17 @@ class Guard:
             if self._connections and not is_whole:
                 return None
             return status.st_size if status else 0
+
+    def is_read_only(self, file: File) -> bool:
+        """Whether SQLite could open one of the files for reading only, and was asked to write.
+
+        SQLite says nothing of that. A lack of descriptors for a moment is enough.
+        """
+        return self._is_read_only(file, _open_by_sqlite(file))
+
+    def _is_read_only(self, file: File, found: dict[int, tuple[FileId, int]]) -> bool:
+        own = file.id, self._wal_id, self._index_id
+        return any(file_id in own and mode == os.O_RDONLY for file_id, mode in found.values())
 
     def may_commit(self) -> bool:
         """Whether SQLite still has the writer's lock. If it was dropped, others have committed meanwhile, maybe."""
@@ -160,10 +174,11 @@ class Guard:
         It is taken once. SQLite keeps a descriptor open, and the lock with it, for as long as any connection of this
         process has a lock on the file.
         """
-        self._locks, self.is_locked = {}, False
+        self._locks = {}
         areas = {file.id: _SHARED, self._index_id: _IN_USE}
         found = _open_by_sqlite(file)
-        _refuse_reading_only(file, {file.id, self._wal_id, self._index_id}, found)
+        if not file.read_only and self._is_read_only(file, found):
+            raise OpenError(file.path, errors.NO_DESCRIPTORS)
         try:
             if _SETLK is None:
                 raise OSError("this system has none")
@@ -178,7 +193,6 @@ class Guard:
                     self._locks[descriptor] = file_id, areas[file_id]
             if file.id not in (locked := {file_id for file_id, _ in self._locks.values()}):
                 raise OSError("SQLite's descriptor was not found")
-            self.is_locked = True
         except OSError as error:
             self._release()
             if isinstance(error, BlockingIOError):  # another process checkpoints, and takes itself for the last one
@@ -204,7 +218,7 @@ class Guard:
             if find_id(descriptor) == file_id:
                 with contextlib.suppress(OSError):  # closed meanwhile
                     _set(descriptor, fcntl.F_UNLCK, area)
-        self._locks, self.is_locked = {}, False
+        self._locks = {}
 
 
 def guard_of(file: File) -> Guard:
@@ -280,17 +294,6 @@ def _open_by_sqlite(file: File) -> dict[int, tuple[FileId, int]]:
         if flags & os.O_NOFOLLOW and (file_id := find_id(descriptor)):
             found[descriptor] = file_id, flags & os.O_ACCMODE
     return found
-
-
-def _refuse_reading_only(file: File, wanted: set[FileId | None], found: dict[int, tuple[FileId, int]]) -> None:
-    """Raise `OpenError` if SQLite could open one of these for reading only, and was asked to write.
-
-    SQLite says nothing of that. A lack of descriptors for a moment is enough.
-    """
-    readable = {file_id for file_id, _ in found.values()}
-    writable = {file_id for file_id, mode in found.values() if mode != os.O_RDONLY}
-    if not file.read_only and wanted & readable - writable:
-        raise OpenError(file.path, errors.NO_DESCRIPTORS)
 
 
 def _set(descriptor: int, kind: int, area: Bytes) -> None:

@@ -18,7 +18,7 @@ def open_first(state: State) -> Connection:
     file = state.file
     if isinstance(file, Memory):
         file.keep()
-        return open_memory(state)
+        return open_memory(state, is_first=True)
     conn = open_file(state)
     if file.read_only and state.added:
         raise SchemaError(file.path, map(errors.LACKS.format, state.added))
@@ -71,7 +71,7 @@ def open_another(state: State) -> Connection:
     """One more connection, for another thread, to what `open_first` opened and to nothing else."""
     file = state.file
     if isinstance(file, Memory):
-        return open_memory(state)
+        return open_memory(state, is_first=False)
     with said_in_words(state):
         conn = Connection(state)
         # Before the first read: of another file, the read would empty the -shm, and begin its index anew. This
@@ -89,9 +89,9 @@ def open_another(state: State) -> Connection:
     return conn
 
 
-def open_memory(state: State) -> Connection:
+def open_memory(state: State, is_first: bool) -> Connection:
     """The first connection to a database in memory, or another one. The first one makes the schema."""
-    file, is_first = state.file, not state.added
+    file = state.file
     if not is_first and isinstance(file, Memory) and not file.is_shared:
         raise sqlite3.NotSupportedError(errors.ONE_THREAD_ONLY.format(sqlite3.sqlite_version))
     conn = Connection(state)

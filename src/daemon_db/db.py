@@ -4,14 +4,13 @@ import contextlib
 import logging
 import os
 import sqlite3
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Never, Self
 
 from . import _file, _opening, errors
-from ._connection import CLOSED, Connection, Stage, State, close_this_threads, close_unused, thread
+from ._connection import CLOSED, Connection, Stage, State, close_this_threads, close_unused, this_threads_name, thread
 from ._guard import LOOK_EVERY
 from ._wait import now
 from ._wal import Checkpoints
@@ -56,7 +55,8 @@ class DB:
     ) -> Self:
         """Create or open the database at `path`: in WAL mode, foreign keys enforced, the schema in place.
 
-        `path` is a file name, made absolute at once, or ":memory:", a database in memory for this `DB`'s threads.
+        `path` is a file name, made absolute at once, or ":memory:", a database in memory for this `DB`'s threads. Links
+        in it are followed now, and not again.
         `timeout` is how many seconds each wait for a lock may last: this call's, a statement's, a transaction's.
         `on_connect(conn)` is called with each new connection, last, in the thread that gets it: for `row_factory`,
         `PRAGMA synchronous` and the like; not for using this `DB`. What it raises goes on to the caller, and the
@@ -64,14 +64,16 @@ class DB:
         a row factory refers to `conn`, another thread's `close()` doesn't close the connection before its thread ends.
         `read_only=True` writes nothing to the database, and needs no permission to write the file. The file's schema
         must be complete. This is for looking at a daemon's database, or at what a dead daemon left.
-        `create=False` creates no file: for a command that must not make a database of a mistyped path.
+        `create=False` creates no file, and fills no empty one: for a command that must not make a database of a
+        mistyped path.
 
         A subclass gets its own type; its `__init__` isn't called.
 
         Raises `OpenError` if the file can't be opened, and `SchemaError` if it is a database but not one that fits,
         before the first write. Raises `OpenError` if SQLite refuses an addition to the schema, or if the rows that are
         there don't allow it: tables and rows are then as they were. Raises `TypeError` or `ValueError` for a wrong
-        argument.
+        argument. A -wal that belongs to another file is renamed, and the logger "daemon_db" warns: SQLite would remove
+        such a -wal, or write it over this file.
 
         https://sqlite.org/wal.html, https://sqlite.org/foreignkeys.html, https://sqlite.org/lang_altertable.html.
         """
@@ -122,9 +124,13 @@ class DB:
 
         Raises `sqlite3.OperationalError`: "database is locked" after `timeout` (a note on the error says for whom it
         waited), and inside of another transaction "cannot start a transaction within a transaction". Raises what `conn`
-        raises. Raises what COMMIT raises, and rolls back. Raises `OpenError` if the file or its WAL was removed or
-        replaced: nobody else sees what is committed there, so look after the restart what was. If it is the WAL, this
-        `DB` has come to its end, for all threads.
+        raises. Raises what COMMIT raises, and rolls back. Raises "database is locked" at the end, and rolls back, if
+        something in this process has dropped SQLite's write lock in the block (https://sqlite.org/howtocorrupt.html,
+        2.2). Raises `sqlite3.ProgrammingError` if the block ends in another thread, which can't end the transaction.
+
+        Raises `OpenError` if the file or its WAL was removed or replaced, at the latest 10 ms after that. Nobody else
+        sees what is committed there: look after the restart what was. If it is the WAL, this `DB` has come to its end,
+        for all threads.
 
         If a signal's exception strikes in the very instructions that begin or end the block, the rollback may wait
         until the exception's traceback is gone. Usually that is the end of the `except` clause.
@@ -137,13 +143,11 @@ class DB:
         conn = self._connection()
         if conn.in_transaction:
             self._refuse_nested(conn)
-        warning, is_in_block = None, False
+        warning, is_in_block, token = None, False, thread.token
         try:
             if not state.turn.acquire(True, state.timeout):  # by keyword, this takes three times as long
                 raise locked(f"{self.path}: {errors.WAITED_FOR_TURN.format(state.timeout, self._writer)}")
             self._writer = conn.thread_name
-            # Python runs signal handlers where a Python function begins, and not where a method begins that is C code.
-            # So ROLLBACK and release() are called here directly: no signal's exception can keep them from being done.
             try:
                 warning = self._begin(conn)
                 is_in_block = True
@@ -151,23 +155,23 @@ class DB:
                 is_in_block = False
                 warning = self._commit(conn) or warning
             except BaseException as error:
+                pid, second = state.pid, None
                 try:
-                    if conn.thread_id != threading.get_ident():
-                        self._leave_to_its_thread(conn, error)
-                    elif conn.in_transaction:
-                        if state.pid == os.getpid():  # in a forked child, it is the parent's
-                            conn.execute("ROLLBACK")
-                    elif is_in_block:
-                        error.add_note(f"{self.path}: {errors.NO_TRANSACTION}")
-                except sqlite3.Error as second:
-                    error.add_note(f"{self.path}: {errors.ROLLBACK_FAILED.format(second)}")
-                    conn.close()
-                if primary_code(error) == sqlite3.SQLITE_READONLY and not isinstance(error, OpenError):
-                    self._explain_read_only(conn, error)
+                    pid = os.getpid()
+                finally:  # a signal's exception may come after each call: so none stands before ROLLBACK in here
+                    try:
+                        if conn.in_transaction:
+                            is_in_block = False
+                            if pid == state.pid:  # in a forked child, it is the parent's
+                                conn.execute("ROLLBACK")
+                    except sqlite3.Error as failure:
+                        second = failure
+                self._explain(conn, error, second, has_ended_itself=is_in_block)
                 raise
         finally:
             try:
-                state.turn.release()
+                if token is thread.token:  # else another thread ends this generator
+                    state.turn.release()
             except RuntimeError:
                 pass  # this thread doesn't have the turn: it did not get it, or conn.close() has given it back
         if warning:
@@ -192,7 +196,10 @@ class DB:
         conn = self._connection()
         if conn.in_transaction:
             self._refuse_nested(conn)
-        put_back = f"PRAGMA query_only={'ON' if self._state.file.read_only else 'OFF'}"
+        cursor = sqlite3.Cursor(conn)
+        cursor.row_factory = None  # the caller's may make anything of a row
+        (query_only,) = cursor.execute("PRAGMA query_only").fetchone()
+        put_back = f"PRAGMA query_only={query_only}"
         start = now()
         try:
             conn.execute("PRAGMA query_only=ON")
@@ -210,14 +217,17 @@ class DB:
                 error.add_note(f"{self.path}: {errors.IN_SNAPSHOT}")
             raise
         finally:
-            # As in transaction(): methods that are C code. A signal's exception may strike right after the first one.
-            if self._state.pid == os.getpid():
+            pid = self._state.pid
+            try:
+                pid = os.getpid()
+            finally:  # as in transaction()
                 try:
                     try:
-                        if conn.in_transaction:
+                        if pid == self._state.pid and conn.in_transaction:
                             conn.execute("ROLLBACK")
                     finally:
-                        conn.execute(put_back)
+                        if pid == self._state.pid:
+                            conn.execute(put_back)
                 except sqlite3.Error:  # another thread has closed this generator, or the caller the connection
                     conn.close()  # so that the thread gets a new one: nothing is lost, what was read was read
 
@@ -304,18 +314,25 @@ class DB:
             error.add_note(f"{self.path}: {errors.NESTED}")
             raise
 
-    def _leave_to_its_thread(self, conn: Connection, error: BaseException) -> None:
-        """Say that this thread can't end the transaction. The turn comes back when the other one uses the `DB`."""
-        here = threading.current_thread().name
-        error.add_note(f"{self.path}: {errors.LEFT_IN_ANOTHER_THREAD.format(conn.thread_name, here)}")
-        conn.close()
-
-    def _explain_read_only(self, conn: Connection, error: BaseException) -> None:
-        """Say why SQLite can't write. If it could open the file for reading only, have the connection replaced."""
-        is_meant = self._state.file.read_only
-        error.add_note(f"{self.path}: {errors.OPENED_READ_ONLY if is_meant else errors.NO_DESCRIPTORS}")
-        if not is_meant:
-            conn.stage = Stage.SPENT
+    def _explain(
+        self, conn: Connection, error: BaseException, second: sqlite3.Error | None, has_ended_itself: bool
+    ) -> None:
+        """Add to the `error` of a block what we know of it. `second` is that of ROLLBACK."""
+        if not conn.is_this_threads():  # the turn comes back when the other thread uses the `DB`
+            words = errors.LEFT_IN_ANOTHER_THREAD.format(conn.thread_name, this_threads_name())
+            error.add_note(f"{self.path}: {words}")
+            conn.close()
+        elif second is not None:
+            error.add_note(f"{self.path}: {errors.ROLLBACK_FAILED.format(second)}")
+            conn.close()
+        elif has_ended_itself:
+            error.add_note(f"{self.path}: {errors.NO_TRANSACTION}")
+        if primary_code(error) == sqlite3.SQLITE_READONLY and not isinstance(error, OpenError):
+            if self._state.file.read_only:
+                error.add_note(f"{self.path}: {errors.OPENED_READ_ONLY}")
+            elif self._state.guard and self._state.guard.is_read_only(self._state.file):
+                error.add_note(f"{self.path}: {errors.NO_DESCRIPTORS}")
+                conn.stage = Stage.SPENT
 
     def _connection(self) -> Connection:
         """The calling thread's connection, opened if the thread has none."""

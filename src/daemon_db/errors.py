@@ -1,4 +1,4 @@
-"""The two errors of opening, and all sentences that say what to do. Both errors are `sqlite3.Error`.
+"""Two errors, and all sentences that say what to do. Both errors are `sqlite3.Error`.
 
 A sentence says what is wrong and one first thing to do, which does no harm; the README has the rest, under the heading
 that the sentence names.
@@ -161,7 +161,7 @@ LOCK_DROPPED = (
     "dropped SQLite's lock. The transaction was rolled back: repeat it"
 )
 LEFT_IN_ANOTHER_THREAD = (
-    "this transaction() began in thread {!r} and ended in {!r}, which can't end it. A dependency with `yield` "
+    "this transaction() began in thread {} and ended in {}, which can't end it. A dependency with `yield` "
     '(FastAPI) does that: see "Locked" in the README'
 )
 FORKED = (
@@ -169,7 +169,7 @@ FORKED = (
     "start the process by spawn (forkserver: don't preload what opens it)"
 )
 NESTED = "this thread is in a transaction(), a snapshot(), or a BEGIN or SAVEPOINT by hand"
-WAITED_FOR_TURN = "waited {} s for the transaction() of another thread, {!r}"
+WAITED_FOR_TURN = "waited {} s for the transaction() of another thread: {}"
 WAITED_FOR_CONNECTION = "waited {:.1f} s for another connection that writes: another process's, or another thread's"
 WAITED_FOR_READ = "waited {:.1f} s for another connection"
 HALF_READ = (
