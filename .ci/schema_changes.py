@@ -27,7 +27,7 @@ class Change(NamedTuple):
 
 # The names of what is added are such as `schema.sql` will never have.
 GIVEN_TO_OLD_FILES = {
-    "a nullable column": Change(r"EXISTS runs \(", r"\g<0>\n    nullable_column TEXT,"),
+    "a nullable column": Change(r"EXISTS runs \(", r"\g<0>\n    nullable_column TEXT, -- it's one more, or none"),
     "a column NOT NULL with a default": Change(
         r"EXISTS units \(", r"\g<0>\n    default_column INTEGER NOT NULL DEFAULT 1,"
     ),
@@ -43,6 +43,12 @@ GIVEN_TO_OLD_FILES = {
     ),
 }
 STRANDS_OLD_FILES = {
+    "a column in two lines": Change(
+        r"EXISTS runs \(", r"\g<0>\n    long_column TEXT\n        CHECK (long_column <> ''),", "one column a line"
+    ),
+    "a column that is UNIQUE": Change(
+        r"EXISTS runs \(", r"\g<0>\n    unique_column TEXT UNIQUE,", "runs: no UNIQUE for unique_column"
+    ),
     "a column NOT NULL without a default": Change(
         r"EXISTS runs \(", r"\g<0>\n    required_column TEXT NOT NULL,", "runs.required_column"
     ),

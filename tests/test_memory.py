@@ -44,8 +44,7 @@ def test_an_older_sqlite_refuses_it_to_a_second_thread(tmp_path: Path, monkeypat
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 35, 5))
     with DB.open(":memory:") as db:
         insert_run(db.conn)
-        words = f"^SQLite {sqlite3.sqlite_version} has a :memory: database for one thread only; 3.36 shares it$"
-        with pytest.raises(sqlite3.NotSupportedError, match=words):
+        with pytest.raises(sqlite3.NotSupportedError, match="for one thread only"):
             in_thread(lambda: db.conn)
         assert runs(db) == ["run-1"]
         assert list(tmp_path.iterdir()) == []
@@ -116,7 +115,8 @@ def test_a_commit_that_waits_for_a_reader() -> None:
         half_read.fetchone()
         with pytest.raises(sqlite3.OperationalError, match="^database is locked") as caught:
             in_thread(lambda: write(db))
-        assert caught.value.__notes__ == [":memory:: another thread reads, and in memory a writer waits for readers"]
+        (note,) = caught.value.__notes__
+        assert note.startswith(":memory:: another thread reads")
         half_read.close()
         in_thread(lambda: write(db))
         assert db.conn.execute("SELECT id FROM runs ORDER BY id").fetchall() == [("run-1",), ("run-2",)]

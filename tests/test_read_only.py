@@ -1,6 +1,7 @@
 """`DB.open(path, read_only=True)`: creates nothing, writes nothing, and sees all that is committed."""
 
 import os
+import re
 import signal
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -10,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, OpenError, SchemaError, _schema
-from daemon_db.errors import AFTER_DAMAGE, NOT_A_DATABASE
+from daemon_db import DB, OpenError, SchemaError
 from support import (
     FIRST,
     LIMIT,
@@ -210,7 +210,7 @@ class TestBesideADaemon:
         with DB.open(tmp_path / "db", read_only=True) as db, ThreadPoolExecutor(1) as pool:
             (tmp_path / "other").replace(tmp_path / "db")
             for _ in range(3):
-                with pytest.raises(OpenError, match="removed or replaced since this DB was opened"):
+                with pytest.raises(OpenError, match="was removed, replaced"):
                     pool.submit(count, db).result(LIMIT)
 
 
@@ -230,7 +230,7 @@ if child == 0:
     try:
         DB.open(sys.argv[1], read_only=True)
     except OpenError as error:
-        assert "this process was forked" in str(error), error
+        assert "before a fork()" in str(error), error
         os.write(1, b"refused\\n")
     os._exit(0)
 _, status = os.waitpid(child, 0)
@@ -257,29 +257,22 @@ def make_damaged(path: Path) -> None:
 
 class TestRefused:
     @pytest.mark.parametrize(
-        ("make", "reason", "code"),
+        ("make", "code"),
         [
-            (make_nothing, "it does not exist", None),
-            (make_directory, "it is a directory", None),
-            (make_text, NOT_A_DATABASE, "SQLITE_NOTADB"),
-            (
-                make_hot,
-                "a killed process left a rollback journal, to be played back first: open it once without read_only",
-                "SQLITE_READONLY_ROLLBACK",
-            ),
-            (
-                make_damaged,
-                f"damaged (database disk image is malformed): {AFTER_DAMAGE}",
-                "SQLITE_CORRUPT",
-            ),
+            (make_nothing, None),
+            (Path.touch, None),
+            (make_directory, None),
+            (make_text, "SQLITE_NOTADB"),
+            (make_hot, "SQLITE_READONLY_ROLLBACK"),
+            (make_damaged, "SQLITE_CORRUPT"),
         ],
     )
-    def test_in_words(self, make: Callable[[Path], None], reason: str, code: str | None, tmp_path: Path) -> None:
+    def test_what_can_not_be_read(self, make: Callable[[Path], None], code: str | None, tmp_path: Path) -> None:
         make(tmp_path / "db")
         before, opened = files_in(tmp_path), open_files()
         with pytest.raises(OpenError) as caught:
             DB.open(tmp_path / "db", read_only=True)
-        assert str(caught.value) == f"cannot open {tmp_path / 'db'}: {reason}"
+        assert str(caught.value).startswith(f"{tmp_path / 'db'}: ")
         assert getattr(caught.value, "sqlite_errorname", None) == code
         assert files_in(tmp_path) == before
         assert open_files() == opened
@@ -307,13 +300,12 @@ class TestRefused:
             before = files_in(directory)
             code = """
 try:
-    daemon_db.DB.open(sys.argv[1], read_only=True)
-except daemon_db.OpenError as error:
-    print(error.reason)
+    with daemon_db.DB.open(sys.argv[1], read_only=True):
+        print("opened")
+except daemon_db.OpenError:
+    print("refused")
 """
-            assert "that the file's owner can't write: look at it as its owner" in run_unprivileged(
-                code, directory / "db"
-            )
+            assert run_unprivileged(code, directory / "db") == "refused\n"
             assert files_in(directory) == before
 
     def test_a_backup(self, tmp_path: Path) -> None:
@@ -332,7 +324,7 @@ except daemon_db.OpenError as error:
         make_rollback(tmp_path / "db")
         with closing(sqlite3.connect(tmp_path / "db", isolation_level=None)) as conn:
             conn.execute("BEGIN EXCLUSIVE")
-            with pytest.raises(OpenError, match="locked for more than 0.0 s") as caught:
+            with pytest.raises(OpenError) as caught:
                 DB.open(tmp_path / "db", read_only=True, timeout=0)
         assert caught.value.sqlite_errorname == "SQLITE_BUSY"
 
@@ -365,14 +357,6 @@ except daemon_db.OpenError as error:
         assert files_in(tmp_path) == before
         assert open_files() == opened
 
-    def test_an_empty_file_is_incomplete(self, tmp_path: Path) -> None:
-        (tmp_path / "db").touch()
-        with pytest.raises(SchemaError) as caught:
-            DB.open(tmp_path / "db", read_only=True)
-        for table in _schema.tables():
-            assert any(table in problem for problem in caught.value.problems)
-        assert files_in(tmp_path) == {"db": b""}
-
 
 @pytest.fixture
 def public() -> Iterator[Path]:
@@ -396,10 +380,6 @@ except daemon_db.OpenError as error:
 """
 
 REFUSED_TO_WRITE = "attempt to write a readonly database\n" * 2
-NOBODY = (
-    "no process has it open, so SQLite needs to make a -shm beside it, and this user can't: "
-    "look at it as a user who can write there, or look at a copy of the file and its -wal"
-)
 
 
 def look(run_unprivileged: Callable[..., str], directory: Path, file_mode: int, directory_mode: int) -> str:
@@ -422,8 +402,8 @@ class TestForAUserWhoMayOnlyRead:
         [
             (make_rollback, f"1\n{REFUSED_TO_WRITE}"),
             (make_killed, f"1\n{REFUSED_TO_WRITE}"),
-            (make_wal, f"{NOBODY} SQLITE_READONLY_DIRECTORY\n"),
-            (make_killed_without_index, f"{NOBODY} SQLITE_CANTOPEN\n"),
+            (make_wal, ".* must make a -shm .*\n"),
+            (make_killed_without_index, ".* must make a -shm .*\n"),
         ],
     )
     def test_in_a_directory_that_is_not_writable(
@@ -437,7 +417,7 @@ class TestForAUserWhoMayOnlyRead:
     ) -> None:
         make(public / "db")
         before = without_index(files_in(public))
-        assert look(run_unprivileged, public, file_mode, directory_mode) == output
+        assert re.fullmatch(output, look(run_unprivileged, public, file_mode, directory_mode))
         assert without_index(files_in(public)) == before
 
     @pytest.mark.parametrize("directory_mode", [0o555, 0o777], ids=oct)
@@ -452,7 +432,7 @@ class TestForAUserWhoMayOnlyRead:
     def test_a_hot_journal(self, run_unprivileged: Callable[..., str], public: Path) -> None:
         make_hot(public / "db")
         before = files_in(public)
-        assert look(run_unprivileged, public, 0o444, 0o555).startswith("a killed process left a rollback journal")
+        assert "SQLITE_READONLY_ROLLBACK" in look(run_unprivileged, public, 0o444, 0o555)
         assert files_in(public) == before
 
     def test_where_it_may_write_it_leaves_nothing_behind(
@@ -471,8 +451,7 @@ class TestForAUserWhoMayOnlyRead:
         public.chmod(0o777)
         output = run_unprivileged(LOOK, public / "db")
         (public / f"db{suffix}").chmod(0o644)
-        what = "the file" if suffix == "" else f"{public}/db{suffix}"
-        assert output == f"permission denied: {what} is not readable by this user \n"
+        assert re.search(rf"{public}/db{suffix}\b(?!-)", output)
         assert files_in(public) == before
 
 
@@ -482,3 +461,16 @@ def test_the_modification_time_stays(tmp_path: Path) -> None:
     with DB.open(tmp_path / "db", read_only=True) as db:
         assert count(db) == 1
     assert (tmp_path / "db").stat().st_mtime == 1_000_000_000
+
+
+@pytest.mark.parametrize("make", [make_nothing, Path.touch])
+def test_without_create_nothing_is_made(make: Callable[[Path], None], tmp_path: Path) -> None:
+    """Of a mistyped path, say; nor of an empty file, in which nobody has begun a database."""
+    make(tmp_path / "db")
+    before, opened = files_in(tmp_path), open_files()
+    with pytest.raises(OpenError):
+        DB.open(tmp_path / "db", create=False)
+    assert (files_in(tmp_path), open_files()) == (before, opened)
+    make_wal(tmp_path / "other")
+    with DB.open(tmp_path / "other", create=False) as db:
+        insert_run(db.conn, "run-2")

@@ -1,40 +1,49 @@
-"""A `DB` is to one file: once that is removed or replaced, no commit is acknowledged and no later connection made."""
+"""A `DB` is to one file: once that is removed or replaced, no commit is acknowledged and no later connection made.
 
+And what becomes of a -wal whose file is gone: it is put aside, and nothing in it is lost.
+"""
+
+import logging
 import os
 import shutil
 import sqlite3
+import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from daemon_db import DB, OpenError, _file, _guard, _opening, _process, _wal
-from daemon_db.errors import WAL_REMOVED, WAL_WITHOUT_FILE
+from daemon_db import DB, OpenError, _guard, _opening, _process, _wait
+from daemon_db._file import File
 from support import (
     LIMIT,
     append_event,
+    bytes_of,
+    end,
     files_in,
     in_thread,
     insert_run,
+    make_killed,
     make_wal,
     no_sync,
     open_files,
     rounds,
     run,
+    start,
     wait_for,
 )
 
-GONE = "removed or replaced since this DB was opened"
+GONE = "removed, replaced or emptied"
+LONE = "gone or empty, but its -wal"
 
 
 @pytest.fixture(autouse=True)
 def looks_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_wal, "LOOK_EVERY", 0)
-
-
-STILL_OPEN = "removed or replaced since this DB was opened"
+    monkeypatch.setattr("daemon_db.db.LOOK_EVERY", 0)
 
 
 def runs(db: DB) -> list[str]:
@@ -161,7 +170,7 @@ def test_a_file_replaced_by_one_with_its_inode(tmp_path: Path) -> None:
     assert file.read_bytes() == b""
 
 
-@pytest.mark.parametrize("change", ["os.rename(path, path + '-moved')", "os.remove(path)"])
+@pytest.mark.parametrize("change", ["os.rename(path, path + '-moved')", "os.remove(path)", "os.truncate(path, 0)"])
 def test_a_file_replaced_while_a_later_connection_is_opened(change: str, tmp_path: Path) -> None:
     """At the moment when SQLite has opened it, which Python's audit event tells."""
     code = f"""
@@ -182,16 +191,16 @@ def ask():
     try:
         db.conn
     except OpenError as error:
-        assert "removed or replaced since" in str(error), error
+        assert "removed, replaced or emptied" in str(error), error
         events.append("refused")
 
 armed = []
 sys.addaudithook(hook)
 with DB.open(path) as db:
     insert_run(db.conn)
-    db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     in_thread(ask)
     assert events == ["changed", "refused"], events
+    assert os.path.exists(path + "-wal")  # which SQLite, at its first read, would remove
 """
     run(code, tmp_path / "daemon.db")
 
@@ -222,11 +231,12 @@ def test_a_refused_connection_leaves_alone_what_others_have_in_memory(which: str
     the process. The moments are Python's audit events, before SQLite opens the file and after it.
     """
     code = """
-import os, sys
+import logging, os, sys
 from pathlib import Path
 from daemon_db import DB, OpenError
 from support import in_thread, insert_run, make_wal
 
+logging.disable()  # of the old file's WAL, which the last close puts aside
 path, moment, which = sys.argv[1:]
 events = []
 
@@ -242,7 +252,7 @@ def ask():
     try:
         db.conn if which == "thread" else DB.open(path)
     except OpenError as error:
-        assert "removed or replaced" in str(error), error
+        assert "removed, replaced or emptied" in str(error), error
         events.append("refused")
 
 armed = []
@@ -280,7 +290,7 @@ try:
         insert_run(conn)
     events.append("acknowledged")
 except OpenError as error:
-    assert str(error) == f"cannot open {path}: removed or replaced while it was opened", error
+    assert "removed, replaced or emptied" in str(error), error
     events.append("refused")
 assert events == ["removed", "refused"], events
 assert open_files() == before
@@ -300,7 +310,7 @@ def test_a_file_replaced_between_its_creation_and_the_first_read(
     content = (tmp_path / "other.db").read_bytes()
     read_first = _opening.read_first
     monkeypatch.setattr(_opening, "read_first", replace_and_read)
-    with pytest.raises(OpenError, match=r"removed or replaced while it was opened$"):
+    with pytest.raises(OpenError, match=GONE):
         DB.open(path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"daemon.db": content}
 
@@ -308,21 +318,24 @@ def test_a_file_replaced_between_its_creation_and_the_first_read(
 # Another DB
 
 
-@pytest.mark.parametrize("read_only", [False, True])
+OPTIONS: list[dict[str, Any]] = [{}, {"read_only": True}, {"create": False}]
+
+
 @pytest.mark.parametrize("change", [remove, move_away, put_another_in_its_place])
-def test_the_new_file_is_not_opened_before_the_old_one_is_closed(
-    change: Callable[[Path], None], read_only: bool, file: Path
-) -> None:
-    """Or SQLite would empty the WAL's index that is there, which threads of the old one have in memory."""
+def test_the_new_file_is_not_opened_before_the_old_one_is_closed(change: Callable[[Path], None], file: Path) -> None:
+    """Or SQLite would empty the WAL's index that is there, which threads of the old one have in memory.
+
+    Nor is the WAL put aside, which they have open.
+    """
     with DB.open(file) as db:
         insert_run(db.conn, "run-of-the-old")
         in_thread(lambda: db.conn)
         change(file)
         before = files_in(file.parent)
         is_gone = change is not put_another_in_its_place
-        for _ in range(2):
-            with pytest.raises(OpenError, match=WAL_WITHOUT_FILE if is_gone and read_only else STILL_OPEN):
-                DB.open(file, read_only=read_only)
+        for options in OPTIONS * 2:
+            with pytest.raises(OpenError, match=LONE if is_gone and options else GONE):
+                DB.open(file, **options)
         assert files_in(file.parent) == before
         assert runs(db) == ["run-of-the-old"]
     remove_left(file)
@@ -344,7 +357,7 @@ def test_nor_before_what_the_threads_of_the_closed_one_have_in_memory_is_removed
         wait_for(connected)
         put_another_in_its_place(file)
         db.close()
-        with pytest.raises(OpenError, match=STILL_OPEN):
+        with pytest.raises(OpenError, match=GONE):
             DB.open(file)
         remove_left(file)
         with DB.open(file) as new:
@@ -373,7 +386,7 @@ def test_by_whatever_name_the_new_file_is_opened(old: str, new: str, file: Path)
     with DB.open(os.path.join(parent, old)) as db:
         insert_run(db.conn)
         put_another_in_its_place(file)
-        with pytest.raises(OpenError, match=STILL_OPEN):
+        with pytest.raises(OpenError, match=GONE):
             DB.open(os.path.join(parent, new))
         assert runs(db) == ["run-1"]
 
@@ -402,19 +415,19 @@ def test_another_file_may_be_opened_whatever_became_of_the_one(change: Callable[
 
 @pytest.mark.parametrize(
     ("owner", "step"),
-    [(_process, "refuse_inherited"), (_file.File, "remember_id")],
+    [(_process, "refuse_inherited"), (File, "remember_id")],
     ids=["when the path has been looked at", "when it is created"],
 )
 def test_two_create_a_file_at_once(owner: object, step: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def create(argument: object) -> None:
         monkeypatch.undo()
-        others.extend(DB.open(file) for _ in range(2))
+        others.extend(opened.enter_context(DB.open(file)) for _ in range(2))
         getattr(owner, step)(argument)
 
     others: list[DB] = []
     monkeypatch.setattr(owner, step, create)
-    with DB.open(file) as db, others[0] as other, others[1]:
-        insert_run(other.conn)
+    with ExitStack() as opened, DB.open(file) as db:
+        insert_run(others[0].conn)
         assert runs(db) == ["run-1"]
 
 
@@ -480,30 +493,18 @@ def test_a_file_that_is_put_back_is_used_again(file: Path) -> None:
         assert in_thread(lambda: runs(db)) == ["run-1"]
 
 
-@pytest.mark.parametrize("moment", ["before", "while it is opened"])
-def test_no_other_connection_to_an_emptied_file_removes_the_wal(
-    moment: str, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_other_connection_to_an_emptied_file_removes_the_wal(file: Path) -> None:
     """SQLite would, at its first read: also a connection that only reads, and one that closes."""
     with DB.open(file) as db, DB.open(file, read_only=True) as reader:
         insert_run(db.conn)
         wal = Path(f"{file}-wal").read_bytes()
-        remember_id = _file.File.remember_id
-
-        def empty(found: _file.File) -> None:
-            remember_id(found)
-            os.truncate(file, 0)
-
-        if moment == "before":
-            os.truncate(file, 0)
-        else:
-            monkeypatch.setattr(_file.File, "remember_id", empty)
-        for options in {}, {"read_only": True}, {"create": False}:
-            with pytest.raises(OpenError, match="or emptied"):
+        os.truncate(file, 0)
+        for options in OPTIONS:
+            with pytest.raises(OpenError, match=LONE if options else GONE):
                 DB.open(file, **options)
-        with pytest.raises(OpenError, match="or emptied"):
+        with pytest.raises(OpenError, match=GONE):
             in_thread(lambda: db.conn)
-        with pytest.raises(OpenError, match="or emptied"), db.transaction():
+        with pytest.raises(OpenError, match=GONE), db.transaction():
             raise AssertionError
         assert (file.stat().st_size, Path(f"{file}-wal").read_bytes()) == (0, wal)
         reader.close()
@@ -513,7 +514,7 @@ def test_no_other_connection_to_an_emptied_file_removes_the_wal(
 
 def test_a_commit_in_a_file_that_was_emptied_in_the_block_is_not_acknowledged(file: Path) -> None:
     with DB.open(file) as db:
-        with pytest.raises(OpenError, match="or emptied"), db.transaction() as conn:
+        with pytest.raises(OpenError, match=GONE), db.transaction() as conn:
             insert_run(conn)
             os.truncate(file, 0)
         assert not db.conn.in_transaction
@@ -539,20 +540,24 @@ def test_an_emptied_file_is_got_back_as_the_words_say(file: Path) -> None:
 
 
 def test_a_path_that_is_a_link(tmp_path: Path) -> None:
-    """It may be moved, as long as it leads to the same file."""
+    """It is resolved at the open: a deploy may lead it elsewhere, or remove it. Only the file itself counts."""
     (tmp_path / "data").mkdir()
-    link = tmp_path / "daemon.db"
+    link, file = tmp_path / "daemon.db", tmp_path / "data" / "daemon.db"
     link.symlink_to("data/daemon.db")
     with DB.open(link) as db:
         link.unlink()
-        link.symlink_to(tmp_path / "data" / "daemon.db")
-        with db.transaction() as conn:
-            insert_run(conn)
-        link.unlink()
-        link.symlink_to("data/another.db")
-        with pytest.raises(OpenError, match=GONE), db.transaction():
+        for number, target in enumerate([None, "data/another.db", "nowhere/daemon.db"]):
+            if target:
+                link.unlink(missing_ok=True)
+                link.symlink_to(target)
+            with db.transaction() as conn:
+                insert_run(conn, f"run-{number}")
+            assert len(in_thread(lambda: runs(db))) == number + 1
+        assert sorted(os.listdir(tmp_path / "data")) == ["daemon.db", "daemon.db-shm", "daemon.db-wal"]
+        file.unlink()
+        with pytest.raises(OpenError, match=GONE) as caught, db.transaction():
             pass
-    assert sorted(os.listdir(tmp_path / "data")) == ["daemon.db"]
+        assert caught.value.path == db.path == str(link)
 
 
 def test_a_link_that_is_moved_with_its_file(tmp_path: Path) -> None:
@@ -572,23 +577,26 @@ def test_a_link_that_is_moved_with_its_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [remove, remove_all, put_another_in_its_place])
-def test_eight_writers_and_no_commit_acknowledged_after_the_change(change: Callable[[Path], None], file: Path) -> None:
+def test_eight_writers_and_no_commit_acknowledged_later_than_ten_milliseconds_after_the_change(
+    change: Callable[[Path], None], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def write() -> OpenError | None:
-        """Until one is refused. The error, or None for a commit that was acknowledged though made after the change."""
+        """Until one is refused. The error, or None for a commit that was acknowledged though it was made too late."""
         while True:
-            is_after = False
+            is_late = False
             try:
                 with db.transaction() as conn:
                     append_event(conn)
-                    is_after = changed.is_set()
+                    is_late = bool(changed_at) and _wait.now() > changed_at[0] + _guard.LOOK_EVERY
             except OpenError as error:
                 return error
-            if is_after:
+            if is_late:
                 return None
             appended.release()
 
+    monkeypatch.undo()
     for _ in range(rounds(5, 300)):
-        appended, changed = threading.Semaphore(0), threading.Event()
+        appended, changed_at = threading.Semaphore(0), list[float]()
         with DB.open(file, timeout=LIMIT, on_connect=no_sync) as db:
             with db.transaction() as conn:
                 insert_run(conn)
@@ -597,10 +605,10 @@ def test_eight_writers_and_no_commit_acknowledged_after_the_change(change: Calla
                 for _ in range(50):
                     assert appended.acquire(timeout=LIMIT)
                 change(file)
-                changed.set()
+                changed_at.append(_wait.now())
                 errors = [str(future.result(LIMIT)) for future in futures]
         # For one that has just found the file in its place, the WAL's removal may be what it meets.
-        unexpected = [error for error in errors if GONE not in error and "its -wal or -shm was removed" not in error]
+        unexpected = [error for error in errors if GONE not in error and "-shm was removed or replaced" not in error]
         assert unexpected == []
         for name in os.listdir(file.parent):
             (file.parent / name).unlink()
@@ -626,9 +634,8 @@ def test_two_hard_links(tmp_path: Path) -> None:
     with DB.open(tmp_path / "db") as db:
         insert_run(db.conn, "run-2")
         for read_only in False, True:
-            with pytest.raises(OpenError) as caught:
+            with pytest.raises(OpenError, match=f"has it open as {tmp_path / 'db'}, "):
                 DB.open(tmp_path / "other.db", read_only=read_only)
-            assert caught.value.reason == f"this process has it open as {tmp_path / 'db'}: {WAL_REMOVED}"
         with DB.open(tmp_path / "link" / "db") as again:
             assert again.conn.execute("SELECT count(*) FROM runs").fetchone() == (2,)
         insert_run(db.conn, "run-3")
@@ -657,3 +664,117 @@ def test_another_db_of_the_file_that_comes_and_goes_leaves_the_lock(file: Path) 
         run(LOOK, file)
         with db.transaction() as conn:
             append_event(conn)
+
+
+# A -wal without its file
+
+
+def make_lone(file: Path, how: str = "gone") -> dict[str, bytes]:
+    """Remove or empty the file of a killed process; what is beside it, by suffix."""
+    make_killed(file, runs=3)
+    file.rename(file.with_name("moved.db"))
+    if how == "empty":
+        file.touch()
+    left = bytes_of(file)
+    assert len(left["-wal"]) > 0
+    return left
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_a_lone_wal_is_put_aside_with_one_warning(how: str, file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    left = make_lone(file, how)
+    for _ in range(2):
+        with DB.open(file) as db, db.transaction() as conn:
+            conn.execute("DELETE FROM runs")
+            insert_run(conn, "run-of-the-new")
+    (aside,) = (name for name in file.parent.glob("*-wal"))
+    (warning,) = warnings_in(caplog)
+    assert warning.startswith(f"{file}: ") and str(aside) in warning
+    base = str(aside).removesuffix("-wal")
+    assert bytes_of(Path(base)) == {"-wal": left["-wal"], "-shm": left["-shm"]}
+    assert runs_in(file) == ["run-of-the-new"]
+    # Beside its file again, it is that file's WAL.
+    file.with_name("moved.db").rename(base)
+    assert runs_in(Path(base)) == ["run-1", "run-2", "run-3"]
+
+
+@pytest.mark.parametrize("how", ["gone", "empty"])
+@pytest.mark.parametrize("options", OPTIONS[1:], ids=str)
+def test_who_may_not_create_puts_nothing_aside(
+    how: str, options: dict[str, Any], file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_lone(file, how)
+    before = files_in(file.parent)
+    with pytest.raises(OpenError, match=LONE):
+        DB.open(file, **options)
+    assert files_in(file.parent) == before
+    assert warnings_in(caplog) == []
+
+
+def test_a_lone_wal_that_cannot_be_renamed_stays_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """For instance because the new name would be too long: a file's may have 255 bytes."""
+    file = tmp_path / ("x" * 240)
+    make_lone(file)
+    before = files_in(tmp_path)
+    with pytest.raises(sqlite3.OperationalError, match="can't rename") as caught:
+        DB.open(file)
+    assert isinstance(caught.value, OpenError)
+    assert caught.value.path == str(file)
+    assert files_in(tmp_path) == before
+    assert warnings_in(caplog) == []
+
+
+OPEN_AND_WRITE = """
+import logging, sys
+from daemon_db import DB
+from support import insert_run
+
+logging.disable()
+with DB.open(sys.argv[1]) as db:
+    for number in range(2):
+        with db.transaction() as conn:
+            insert_run(conn, f"quick-{number}")
+        print("written", flush=True)
+        sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("how", ["gone", "empty"])
+@pytest.mark.parametrize("renamed", [0, 1])
+def test_two_open_at_once_and_what_the_quicker_one_commits_stays_there(
+    renamed: int, how: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slower one is held up when it has looked at the -wal, before it renames it, or between its two renames."""
+
+    def rename(source: str, target: str) -> None:
+        calls.append(source)
+        if len(calls) == renamed + 1:
+            others.append(start(OPEN_AND_WRITE, file))
+            assert others[0].stdout.readline() == "written\n"
+        os_rename(source, target)
+
+    left = make_lone(file, how)
+    calls: list[str] = []
+    others: list[subprocess.Popen[str]] = []
+    os_rename = os.rename
+    monkeypatch.setattr(os, "rename", rename)
+    with DB.open(file) as db:
+        insert_run(db.conn, "slow")
+        others[0].stdin.write("\n")
+        others[0].stdin.flush()
+        assert others[0].stdout.readline() == "written\n"
+        assert end(others[0]) == ("", "")
+        insert_run(db.conn, "last")
+    assert runs_in(file) == ["last", "quick-0", "quick-1", "slow"]
+    assert left["-wal"] in [path.read_bytes() for path in file.parent.glob("*-wal")]
+
+
+def runs_in(file: Path) -> list[str]:
+    """For a stranger, who finds the file in order."""
+    with closing(sqlite3.connect(file)) as conn:
+        assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return [run_id for (run_id,) in conn.execute("SELECT id FROM runs ORDER BY id")]

@@ -89,7 +89,7 @@ def test_nothing_is_read_of_what_was_removed(removed: str, tmp_path: Path) -> No
     with DB.open(tmp_path / "db") as db:
         insert_run(db.conn)
         (tmp_path / removed).unlink()
-        with pytest.raises(OpenError, match="removed or replaced"), db.snapshot():
+        with pytest.raises(OpenError, match=r"removed(,| or) replaced"), db.snapshot():
             raise AssertionError
 
 
@@ -166,7 +166,7 @@ def test_a_file_that_cannot_be_read_yet(tmp_path: Path) -> None:
         with pytest.raises(sqlite3.OperationalError, match="^database is locked") as caught, db.snapshot():
             raise AssertionError
         (note,) = caught.value.__notes__
-        assert re.fullmatch(rf"{re.escape(db.path)}: waited [0-9]+\.[0-9] s for another connection", note)
+        assert re.match(rf"{re.escape(db.path)}: waited [0-9]+\.[0-9] s for another connection", note)
         other.execute("COMMIT")
         is_as_before(db)
         assert count_in_snapshot(db) == 1

@@ -6,6 +6,8 @@ typed_caller.py is the same for `mypy --strict`.
 import copy
 import inspect
 import pickle
+import pydoc
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +106,16 @@ def test_the_documented_defaults(tmp_path: Path) -> None:
     with DB.open(tmp_path / "daemon.db") as db:
         assert db.conn.execute("PRAGMA busy_timeout").fetchone() == (5000,)
         assert in_thread(lambda: db.conn.execute("PRAGMA busy_timeout").fetchone()) == (5000,)
+
+
+def test_help_shows_what_is_for_callers() -> None:
+    """And what a block gets."""
+    text = pydoc.render_doc(DB, renderer=pydoc.plaintext)
+    shown = set(re.findall(r"^ \|  (\w+)", text, re.MULTILINE))
+    assert {"open", "conn", "transaction", "snapshot", "close"} <= shown
+    assert not {name for name in shown if re.match("_[a-z]", name)}
+    for block in "transaction", "snapshot":
+        assert re.search(rf"{block}\(self\) -> .*ContextManager\[sqlite3\.Connection\]", text), block
 
 
 class Float:

@@ -59,7 +59,7 @@ def main() -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a name that is no text
     if arguments.json or "rows" in found:
         print(json.dumps(found) if arguments.json else "\n".join(lines(found)))
-    if "error" in found:
+    if "error" in found and sys.stderr:
         print("daemon_db:", found["error"], file=sys.stderr)
     return status
 

@@ -19,8 +19,10 @@ def back_up(conn: sqlite3.Connection, state: State, destination: str) -> dict[st
     target, source = os.path.realpath(destination), state.file.real_path
     refuse_destination(destination, target, source)
     like = os.stat(target if os.path.exists(target) else source)
-    # A file of its own, which nobody else may read.
-    descriptor, part = tempfile.mkstemp(prefix="daemon_db-", suffix=".part", dir=os.path.dirname(target))
+    try:  # a file of its own, which nobody else may read
+        descriptor, part = tempfile.mkstemp(prefix="daemon_db-", suffix=".part", dir=os.path.dirname(target))
+    except OSError as error:
+        raise OpenError(target, str(error.strerror)) from error
     os.close(descriptor)
     try:
         found = copy_and_check(conn, state, part, target)
@@ -82,13 +84,18 @@ def show_progress(_: int, remaining: int, total: int) -> None:
 
 
 def give_rights_of(like: os.stat_result, part: str) -> None:
-    """Owner, group and mode, as far as this user may give them. A group of this user's own gets no rights by that."""
+    """Owner, group and mode, as far as this user may give them.
+
+    Where the group can't be given, members of that group are among the others, and have a group's rights at most.
+    """
     for owner in (like.st_uid, -1):
-        with contextlib.suppress(PermissionError):
+        with contextlib.suppress(OSError):
             os.chown(part, owner, like.st_gid)
             break
     mode = stat.S_IMODE(like.st_mode) & 0o777
-    os.chmod(part, mode if os.stat(part).st_gid == like.st_gid else mode & ~stat.S_IRWXG)
+    if os.stat(part).st_gid != like.st_gid:
+        mode = mode & stat.S_IRWXU | mode & (mode >> 3) & stat.S_IRWXO
+    os.chmod(part, mode)
 
 
 def let_interrupts_in(conn: sqlite3.Connection) -> None:

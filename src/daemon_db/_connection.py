@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import enum
 import functools
 import os
 import sqlite3
@@ -14,6 +13,11 @@ from ._file import File
 from ._guard import Guard
 from ._process import this_process
 from .errors import WAL_REMOVED, OpenError
+
+# The stages of a connection's life. No enum: to read an enum's member takes as long as all else in `DB.conn`.
+OPENING = "opening"  # not all steps are done: to close it leaves the file and its WAL as they were
+READY = "ready"  # its thread may use it
+SPENT = "spent"  # its thread is to close it, and to open another
 
 CLOSED = "Cannot operate on a closed database."  # in sqlite3's words
 
@@ -49,20 +53,12 @@ class State:
         return size
 
 
-class Stage(enum.Enum):
-    """Of a connection's life."""
-
-    OPENING = "not all steps of opening are done: closing leaves the file and its WAL as they were"
-    READY = "its thread may use it"
-    SPENT = "its thread is to close it, and to open another"
-
-
 class Connection(sqlite3.Connection):
     """A thread's connection. Nothing but `close()` frees it."""
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self.stage = Stage.OPENING
+        self.stage = OPENING
         self.thread_name = this_threads_name()
         self._thread = thread.token
         self._threads_connections = thread.connections
@@ -87,6 +83,23 @@ class Connection(sqlite3.Connection):
         """Whether the calling thread is the one that opened the connection."""
         return self._thread is thread.token
 
+    def has_lost_lock(self) -> bool:
+        """Whether SQLite's write lock, which this connection's transaction has, was dropped."""
+        try:
+            return self.in_transaction and self.state.guard is not None and not self.state.guard.has_write_lock()
+        except sqlite3.Error:  # it is closed
+            return False
+
+    def take_lock_again(self) -> None:
+        """Take the lock before ROLLBACK, and have the connection replaced after it.
+
+        ROLLBACK clears the WAL's index behind the last commit: what another process is writing just now. It also takes
+        the others' commits for its own, and what the connection has in memory for current.
+        """
+        self.stage = SPENT
+        if self.state.guard:
+            self.state.guard.take_write_lock()
+
     def count_own_references(self) -> None:
         """Remember how many references there are while no caller has the connection."""
         self._own_references = sys.getrefcount(self)
@@ -104,13 +117,13 @@ class Connection(sqlite3.Connection):
         if self.is_this_threads():
             self.close_in_its_thread()
         else:
-            self.stage = Stage.SPENT
+            self.stage = SPENT
 
     def close_in_its_thread(self) -> None:
         """As `close`, also where the thread is ending, and doesn't know itself any more."""
         if self.state.pid != os.getpid() or self not in this_process().open_files:
             return  # the parent's, or closed already
-        is_refused, self.stage = self.stage is Stage.OPENING, Stage.SPENT  # first: a signal may interrupt this
+        is_refused, self.stage = self.stage is OPENING, SPENT  # first: a signal may interrupt this
         with contextlib.suppress(sqlite3.Error):  # if ROLLBACK fails, SQLite's close rolls back
             # Without this, SQLite keeps the write lock after its close, as long as a cursor has rows to fetch.
             if self.in_transaction:

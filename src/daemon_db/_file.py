@@ -95,11 +95,15 @@ class File:
         But such a connection plays a hot journal back.
         """
         mode = "rwc" if self.id is None else "rw"
-        if self.read_only and (os.path.exists(f"{self.real_path}-journal") or not _allowed(self.real_path, os.W_OK)):
+        if self.read_only and (os.path.exists(f"{self.real_path}-journal") or not self.is_writable()):
             mode = "ro"
         escaped = self.real_path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
         # "//" is followed by a host, here by none: without it, a path that begins with two slashes would name a host
         return f"file://{escaped}?mode={mode}"
+
+    def is_writable(self) -> bool:
+        """Whether this user may write the file."""
+        return _allowed(self.real_path, os.W_OK)
 
     def put_lone_wal_aside(self) -> None:
         """Rename a -wal beside no file, or an empty one: SQLite's first read would remove it."""
@@ -109,19 +113,26 @@ class File:
 
     def put_wal_aside(self, words: str, wal_id: FileId | None) -> None:
         """Rename this -wal, and the -shm: a process may still have the old file open. Warn by `words`."""
-        aside = f"{self.real_path}-{time.time_ns()}"
+        aside, index_id = f"{self.real_path}-{time.time_ns()}", self.index_id()
         try:
-            os.rename(f"{self.real_path}-wal", f"{aside}-wal")
-            if find_id(f"{aside}-wal") != wal_id:  # another one that opens was quicker, and this is its new -wal
-                os.rename(f"{aside}-wal", f"{self.real_path}-wal")
+            # The -wal last: as long as it is there, no other one that opens makes a new -shm.
+            self._rename_aside("-shm", aside, index_id)
+            if not self._rename_aside("-wal", aside, wal_id):
                 return
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(f"{self.real_path}-shm", f"{aside}-shm")
-        except FileNotFoundError:
-            return  # another one was quicker
         except OSError as error:
             raise OpenError(self.path, errors.CANNOT_RENAME.format(f"{self.real_path}-wal", error.strerror)) from error
         _log.warning("%s: %s", self.path, words.format(f"{aside}-wal"))
+
+    def _rename_aside(self, suffix: str, aside: str, file_id: FileId | None) -> bool:
+        """Return whether it was this one: another process that opens may have been quicker, and have made a new one."""
+        try:
+            os.rename(f"{self.real_path}{suffix}", f"{aside}{suffix}")
+        except FileNotFoundError:
+            return False
+        if find_id(f"{aside}{suffix}") == file_id:
+            return True
+        os.rename(f"{aside}{suffix}", f"{self.real_path}{suffix}")
+        return False
 
     # Once SQLite has opened it
 
@@ -181,14 +192,15 @@ class File:
             names = (self.real_path, f"{self.real_path}-wal", f"{self.real_path}-shm", f"{self.real_path}-journal")
             if forbidden := self._forbidden(*names if self.read_only else (directory, *names)):
                 return forbidden
-            is_hot = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK
-            if self.read_only and not is_hot and (code == sqlite3.SQLITE_READONLY or not _allowed(directory, os.W_OK)):
-                return errors.NO_INDEX
         if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL):
             if lacking := _what_is_lacking(directory):
                 return lacking.format(directory)
             if code == sqlite3.SQLITE_FULL:
                 return errors.NO_SPACE_SEEN.format(error)
+        lacks_index = code == sqlite3.SQLITE_CANTOPEN and not os.path.exists(f"{self.real_path}-shm")
+        if code == sqlite3.SQLITE_READONLY or self.read_only and lacks_index:
+            is_hot = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK
+            return errors.HOT_JOURNAL if is_hot else errors.NO_INDEX if self.read_only else errors.NO_DESCRIPTORS
         return in_words(error, timeout, self.network)
 
 

@@ -87,7 +87,7 @@ class Guard:
         """
         with self.mutex:  # so that no last connection closes meanwhile, and rightly removes both
             file.refuse_replaced()
-            if self._is_overwritten():
+            if self._is_overwritten(file):
                 raise file.replaced()
             status = status_of(f"{file.real_path}-wal")
             is_whole = self._has(id_of(status) if status else None, file.index_id())
@@ -100,21 +100,30 @@ class Guard:
 
         SQLite says nothing of that. A lack of descriptors for a moment is enough.
         """
-        return self._is_read_only(file, _open_by_sqlite(file))
-
-    def _is_read_only(self, file: File, found: dict[int, tuple[FileId, int]]) -> bool:
         own = file.id, self._wal_id, self._index_id
-        return any(file_id in own and mode == os.O_RDONLY for file_id, mode in found.values())
+        return any(file_id in own and mode == os.O_RDONLY for file_id, mode in _open_by_sqlite(file).values())
 
-    def may_commit(self) -> bool:
-        """Whether SQLite still has the writer's lock. If it was dropped, others have committed meanwhile, maybe."""
-        for descriptor, (file_id, area) in self._locks.items():
-            if area == _IN_USE and find_id(descriptor) == file_id:
-                # A lock of another kind is asked for, so that this process's own is in its way. Another process's, too.
-                question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_WRITER, 0)
+    def has_write_lock(self) -> bool:
+        """Whether this process has SQLite's write lock. If it was dropped, others may have committed meanwhile."""
+        for descriptor in self._index_descriptors():
+            # A lock of another kind is asked for, so that this process's own is in its way. Another process's, too.
+            question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_WRITER, 0)
+            with contextlib.suppress(OSError):
                 *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question))
-                return bool(pid == os.getpid())
+                return bool(pid == os.getpid() or pid < -1)  # CephFS, for one, says of each lock that it is a server's
         return True
+
+    def take_write_lock(self) -> None:
+        """Take it again, when the process that has it now gives it back. SQLite, which believes to have it, does so."""
+        for descriptor in self._index_descriptors():
+            with contextlib.suppress(OSError):
+                start, length = _WRITER
+                fcntl.lockf(descriptor, fcntl.LOCK_EX, length, start)
+
+    def _index_descriptors(self) -> list[int]:
+        """Those that are still proven to be the -shm's."""
+        locks = self._locks.items()
+        return [each for each, (file_id, area) in locks if area == _IN_USE and find_id(each) == file_id]
 
     def leave(self, conn: object, file: File, keeps_lock: bool) -> None:
         """For a connection that SQLite will now close. The last one gives the lock back: it would block SQLite's close.
@@ -136,7 +145,9 @@ class Guard:
 
         If somebody has emptied the file, a checkpoint would write a part of the pages only, and the WAL would be gone.
         """
-        if file.size() == 0 or self._is_overwritten():
+        if len(self._connections) > 1:
+            return True  # this one isn't the last
+        if file.size() == 0 or self._is_overwritten(file):
             return False
         wal_id, index_id = file.wal_id(), file.index_id()
         if self._has(wal_id, index_id) or find_id(file.real_path) != file.id:
@@ -146,7 +157,7 @@ class Guard:
 
     def _put_wal_aside_if_replaced(self, file: File) -> None:
         """Rename the WAL if another file is at the path: SQLite would play the WAL over that file."""
-        is_replaced = find_id(file.real_path) not in (None, file.id) or self._is_overwritten()
+        is_replaced = find_id(file.real_path) not in (None, file.id) or self._is_overwritten(file)
         if is_replaced and not file.read_only and file.wal_id() == self._wal_id is not None:
             try:
                 file.put_wal_aside(errors.WAL_OF_ANOTHER, self._wal_id)
@@ -161,11 +172,11 @@ class Guard:
         """Whether the -wal or the -shm that is beside the file is the connections' own."""
         return file.wal_id() == self._wal_id is not None or file.index_id() == self._index_id is not None
 
-    def _is_overwritten(self) -> bool:
+    def _is_overwritten(self, file: File) -> bool:
         """Whether a backup was copied into the file: then its header says that it isn't in WAL mode."""
         return any(
-            area == _SHARED and find_id(descriptor) == file_id and _says_it_has_no_wal(descriptor)
-            for descriptor, (file_id, area) in self._locks.items()
+            area == _SHARED and _journal_mode(descriptor, file) == "delete"
+            for descriptor, (_, area) in self._locks.items()
         )
 
     def _lock(self, file: File) -> None:
@@ -177,7 +188,9 @@ class Guard:
         self._locks = {}
         areas = {file.id: _SHARED, self._index_id: _IN_USE}
         found = _open_by_sqlite(file)
-        if not file.read_only and self._is_read_only(file, found):
+        writable = {file_id for file_id, mode in found.values() if mode != os.O_RDONLY}
+        own = {file.id, self._wal_id, self._index_id} & {file_id for file_id, _ in found.values()}
+        if not file.read_only and not own <= writable:
             raise OpenError(file.path, errors.NO_DESCRIPTORS)
         try:
             if _SETLK is None:
@@ -249,29 +262,38 @@ def refuse_lost(file: File) -> None:
             has_two_names = guard.real_path != file.real_path
             reason = errors.TWO_NAMES.format(guard.real_path) if has_two_names else errors.WAL_REMOVED
             raise OpenError(file.path, reason)
-        if file_id != file.id and guard.is_beside(file):
+        if file_id not in (file.id, find_id(file.real_path)) and guard.is_beside(file):
             raise OpenError(file.path, errors.REPLACED)
 
 
-def put_wal_of_another_aside(file: File) -> None:
-    """Rename a -wal beside a file whose header says that it has none. SQLite would play it over the file.
+def refuse_or_put_aside(file: File) -> None:
+    """See to what SQLite would do wrongly at its first read, by the header of the file that it has just opened.
 
-    The header is that of the file which SQLite has just opened, and not yet read.
+    If the header says that the file has no WAL, SQLite would play a -wal beside it over the file: that is another
+    file's, and is renamed. If it says that there is one, SQLite makes the -wal and the -shm that are lacking. Those of
+    a user who may not write the file stay there, and the daemon couldn't write them.
     """
-    wal_id = file.wal_id()
-    if not file.wal_size() or not any(
-        file_id == file.id and _says_it_has_no_wal(descriptor)
-        for descriptor, (file_id, _) in _open_by_sqlite(file).items()
-    ):
+    wal = status_of(f"{file.real_path}-wal")
+    makes_files = file.read_only and not file.is_writable() and (wal is None or file.index_id() is None)
+    if not makes_files and not (wal and wal.st_size):
         return
-    if file.read_only:
-        raise OpenError(file.path, errors.WAL_OF_ANOTHER_KEPT)
-    file.put_wal_aside(errors.WAL_OF_ANOTHER, wal_id)
+    modes = {_journal_mode(descriptor, file) for descriptor in _open_by_sqlite(file)}
+    if makes_files and "wal" in modes:
+        raise OpenError(file.path, errors.NO_INDEX)
+    if wal and wal.st_size and "delete" in modes:
+        if file.read_only:
+            raise OpenError(file.path, errors.WAL_OF_ANOTHER_KEPT)
+        file.put_wal_aside(errors.WAL_OF_ANOTHER, id_of(wal))
 
 
-def _says_it_has_no_wal(descriptor: int) -> bool:
-    """Whether the file's header says rollback-journal mode (https://sqlite.org/fileformat2.html, 1.3.3)."""
-    return os.pread(descriptor, 2, 18) == b"\1\1"
+def _journal_mode(descriptor: int, file: File) -> str | None:
+    """By the file's header (https://sqlite.org/fileformat2.html, 1.3.3). None if another file is open there."""
+    with contextlib.suppress(OSError):
+        header = os.pread(descriptor, 2, 18) if find_id(descriptor) == file.id else b""
+        # Asked again: if another thread has closed the descriptor meanwhile, its number may be another file's now.
+        if find_id(descriptor) == file.id:
+            return {b"\1\1": "delete", b"\2\2": "wal"}.get(header)
+    return None
 
 
 def _open_by_sqlite(file: File) -> dict[int, tuple[FileId, int]]:

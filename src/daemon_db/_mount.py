@@ -19,7 +19,7 @@ def mount_of(real_path: str) -> tuple[bool, str | None]:
     """Whether the file is mounted without its directory, and the name of its file system, if machines may share it."""
     path, mounts = _escaped(real_path), _mounts()
     mount = _mount_of(path, mounts)
-    is_alone = _place(path, mount) != _place(path, _mount_of(os.path.dirname(path), mounts))
+    is_alone = _point(mount) == path and _place(path, mount) != _place(path, _mount_of(os.path.dirname(path), mounts))
     name = os.fsdecode(mount.partition(b" - ")[2].split(b" ", 1)[0])
     return is_alone, name if name in _NETWORK else None
 
@@ -35,18 +35,22 @@ def _mounts() -> list[bytes]:
 def _mount_of(path: bytes, mounts: list[bytes]) -> bytes:
     """The line of the mount in which the path lies: the last one, because a later mount hides what was there."""
     for line in reversed(mounts):
-        point = line.split(b" ", 5)[4]
+        point = _point(line)
         if path == point or path.startswith(point.rstrip(b"/") + b"/"):
             return line
     return b""
+
+
+def _point(mount: bytes) -> bytes:
+    return mount.split(b" ", 5)[4] if mount else b""
 
 
 def _place(path: bytes, mount: bytes) -> tuple[bytes, bytes] | None:
     """The device, and where in its file system the path leads: the mount begins at its `root`."""
     if not mount:
         return None
-    _, _, device, root, point, _ = mount.split(b" ", 5)
-    return device, root.rstrip(b"/") + path[len(point.rstrip(b"/")) :]
+    _, _, device, root, _ = mount.split(b" ", 4)
+    return device, root.rstrip(b"/") + path[len(_point(mount).rstrip(b"/")) :]
 
 
 def _escaped(path: str) -> bytes:

@@ -39,7 +39,8 @@ def open_file(state: State) -> Connection:
         conn = Connection(state)
         file.remember_id()
         state.guard = _guard.guard_of(file)
-        _guard.put_wal_of_another_aside(file)
+        if not state.guard.is_locked:  # else this process has it open, and has just looked
+            _guard.refuse_or_put_aside(file)
         read_first(conn)
         file.remember_id()  # it must be the same: the read opens the WAL by the file's name
         had_wal = is_in_wal_mode(conn, file)
@@ -61,8 +62,11 @@ def open_file(state: State) -> Connection:
                 state.added = _schema.update(conn, file.path, state.timeout)
         except BaseException:  # a signal's, too: SQLite tries for ten seconds to get a lock on the -shm
             if not had_wal:
-                conn.close()
-                _wal.turn_off(file)
+                try:
+                    conn.close()
+                finally:  # a signal that came while SQLite tried interrupts the first one
+                    conn.close()
+                    _wal.turn_off(file)
             raise
     return conn
 

@@ -147,7 +147,7 @@ def update(conn: sqlite3.Connection, path: str, timeout: float) -> tuple[str, ..
                 raise _can_not_be_added(path, problem, str(error)) from error
         problems, more = _compare(conn)
         if lacks := [*problems, *(addition.problem for addition in more)]:  # such as UNIQUE (a, b) of new columns
-            raise _can_not_be_added(path, "; ".join(lacks), "ALTER TABLE adds columns, and no constraints of a table")
+            raise _can_not_be_added(path, "; ".join(lacks), errors.NO_CONSTRAINTS)
         conn.execute("COMMIT")
         return tuple(addition.problem for addition in additions)
     finally:
@@ -230,7 +230,7 @@ def _words(what: tuple[str, str]) -> str:
 def _add_column(table: str, column: str, create_table: str) -> str:
     """`schema.sql` has one column a line: its text is that line, without the comma and without a comment at the end."""
     name = rf'["`[]?{re.escape(column)}["`\]]?(?![\w$])'
-    text = r"""(?:'[^']*'|"[^"]*"|(?!--)[^'"\n])*?"""  # no comment begins in here, but in quotes may be anything
-    line = re.search(rf"^\s*({name}{text})\s*,?\s*(?:--.*)?$", create_table, re.IGNORECASE | re.MULTILINE)
+    text = r"""(?:'[^']*'|"[^"]*"|[^'"\n])*?"""  # in quotes may be anything
+    line = re.search(rf"^\s*({name}{text})\s*,?\s*(?:--.*|/\*.*\*/)?$", create_table, re.IGNORECASE | re.MULTILINE)
     assert line, f"{column} has no line of its own in schema.sql"
     return f'ALTER TABLE "{table}" ADD COLUMN {line[1]}'

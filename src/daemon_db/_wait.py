@@ -44,3 +44,4 @@ def not_waiting(conn: sqlite3.Connection) -> Iterator[sqlite3.Cursor]:
         yield cursor
     finally:
         cursor.execute(f"PRAGMA busy_timeout={timeout}")
+        cursor.close()  # a traceback may refer to it: half read, it would keep the file open

@@ -10,7 +10,17 @@ from collections.abc import Callable, Iterator
 from typing import Never, Self
 
 from . import _file, _opening, errors
-from ._connection import CLOSED, Connection, Stage, State, close_this_threads, close_unused, this_threads_name, thread
+from ._connection import (
+    CLOSED,
+    READY,
+    SPENT,
+    Connection,
+    State,
+    close_this_threads,
+    close_unused,
+    this_threads_name,
+    thread,
+)
 from ._guard import LOOK_EVERY
 from ._wait import now
 from ._wal import Checkpoints
@@ -112,7 +122,12 @@ class DB:
         Raises `sqlite3.ProgrammingError` after `close()` and in a forked child (https://sqlite.org/howtocorrupt.html,
         2.6). A thread's first use raises what `open` raises, for instance if the file was removed or replaced.
         """
-        return self._connection()
+        state = self._state
+        if not state.ended and state.pid == os.getpid():
+            conn = thread.connections.get(state)
+            if conn is not None and conn.stage is READY:
+                return conn
+        return self._connection()  # opens one, or says why not
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -158,6 +173,8 @@ class DB:
                 pid, second = state.pid, None
                 try:
                     pid = os.getpid()
+                    if pid == state.pid and conn.has_lost_lock():
+                        conn.take_lock_again()
                 finally:  # a signal's exception may come after each call: so none stands before ROLLBACK in here
                     try:
                         if conn.in_transaction:
@@ -281,7 +298,7 @@ class DB:
         time = now()
         if time >= self._next_look:  # the block was long: others may have begun another WAL
             state.look()
-        if time >= self._long_after and conn.in_transaction and state.guard and not state.guard.may_commit():
+        if time >= self._long_after and conn.has_lost_lock():
             raise locked(f"{self.path}: {errors.LOCK_DROPPED}")
         try:
             conn.execute("COMMIT")
@@ -301,9 +318,9 @@ class DB:
         is no lock, the WAL may go at any moment, and `_next_look` stays 0.
         """
         state = self._state
-        size = state.look()
+        time, size = now(), state.look()
         if state.guard is None or state.guard.is_locked:
-            self._next_look = now() + LOOK_EVERY
+            self._next_look = time + LOOK_EVERY
         return self._checkpoints.keep_small(conn, size)
 
     def _refuse_nested(self, conn: Connection) -> None:
@@ -332,7 +349,9 @@ class DB:
                 error.add_note(f"{self.path}: {errors.OPENED_READ_ONLY}")
             elif self._state.guard and self._state.guard.is_read_only(self._state.file):
                 error.add_note(f"{self.path}: {errors.NO_DESCRIPTORS}")
-                conn.stage = Stage.SPENT
+                conn.stage = SPENT
+        if conn.stage is SPENT:  # now, because the caller may go on to use it
+            conn.close()
 
     def _connection(self) -> Connection:
         """The calling thread's connection, opened if the thread has none."""
@@ -340,7 +359,7 @@ class DB:
         if state.ended or state.pid != os.getpid():
             self._refuse_use()
         conn = thread.connections.get(state)
-        if conn is None or conn.stage is not Stage.READY:
+        if conn is None or conn.stage is not READY:
             return self._connect(_opening.open_another)
         return conn
 
@@ -365,11 +384,15 @@ class DB:
                 if conn.in_transaction or conn.isolation_level is not None:
                     raise sqlite3.ProgrammingError("on_connect must leave the connection in autocommit mode")
             self._refuse_use()  # another thread may have closed the DB meanwhile
-            conn.stage = Stage.READY
+            conn.stage = READY
         except BaseException:
             close_this_threads(self._state)
             raise
         return conn
+
+
+for _block in DB.transaction, DB.snapshot:  # help() shows what a caller gets, and not how it is made
+    _block.__wrapped__.__annotations__["return"] = contextlib.AbstractContextManager[sqlite3.Connection]  # type: ignore[attr-defined]
 
 
 def _drop(state: State) -> None:

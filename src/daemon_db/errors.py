@@ -104,8 +104,8 @@ HOT_JOURNAL = (
     "a killed process left a rollback journal, to be played back first: open it once without read_only (or --check)"
 )
 NO_INDEX = (
-    "to read it, SQLite must make a -shm beside it, and can't (rights, or a read-only file system). Look at a copy of "
-    "the file and its -wal, or look as its owner"
+    "to read it, SQLite must make a -shm beside it, and can't (rights, a read-only file system, a sandbox, or no free "
+    "file descriptor). Look at a copy of the file and its -wal, or look as its owner"
 )
 NO_SPACE = "no space left in {}: make some, and open it again"
 NO_INODES = "no inode left in {} (see df -i): remove files there, and open it again"
@@ -146,7 +146,8 @@ _OR_NO_LOCKS = ". Or {}, which machines may share, has no locks"
 # The schema
 
 RENAMED = ", where another is missing. If it was renamed, rename it back. Don't drop it: its rows would be lost"
-CANNOT_BE_ADDED = "{}, and it can't be added: {}; the file's tables and rows were left as they were"
+CANNOT_BE_ADDED = "{}, and it can't be added: {}; its tables and rows are as they were"
+NO_CONSTRAINTS = "ALTER TABLE adds columns, and no constraints of a table"
 ANOTHER_PROGRAMS = "no table {}, but {}: the database of another program"
 LACKS = "{}: an open without read_only adds it"
 
@@ -239,8 +240,6 @@ def in_words(error: Exception, timeout: float, network: str | None = None) -> st
         return _NO_SPACE_FOR_INDEX.format(code_name(error))
     if code == sqlite3.SQLITE_IOERR_GETTEMPPATH:
         return NO_TEMPORARY_DIRECTORY
-    if code == sqlite3.SQLITE_READONLY_ROLLBACK:
-        return HOT_JOURNAL
     if primary == sqlite3.SQLITE_IOERR:
         return IO_ERROR.format(code_name(error))
     if is_busy(error):  # where there are no locks, SQLite says the same
