@@ -358,7 +358,7 @@ def test_rows_that_a_check_refuses(tmp_path: Path, newer: Newer) -> None:
     path = older_file(tmp_path / "daemon.db")
     before = catalogue(path)
     newer(with_column("level TEXT DEFAULT 'step' CHECK (level <> event_type)"))
-    with pytest.raises(OpenError, match="events.level: missing column, .* CHECK constraint failed; .* left as they"):
+    with pytest.raises(OpenError, match="events.level: missing column, .* CHECK constraint failed; .* as they were"):
         DB.open(path)
     assert catalogue(path) == before
 

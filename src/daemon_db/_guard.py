@@ -50,8 +50,10 @@ class Guard:
         self._connections: set[object] = set()
         self._wal_id: FileId | None = None
         self._index_id: FileId | None = None
-        self._locks: dict[int, tuple[FileId, Bytes]] = {}
-        """For each descriptor that the lock is on: the file that is open there, and which bytes are locked."""
+        self._areas: dict[FileId | None, Bytes] = {}
+        """Which bytes are locked: of the file, and of the -shm."""
+        self._locks: dict[int, FileId] = {}
+        """For each descriptor that the lock is on: which of the two is open there."""
 
     def join(self, conn: object, file: File) -> None:
         """For a connection that has just read for the first time, and so has opened the WAL.
@@ -62,6 +64,7 @@ class Guard:
             if not self._connections:
                 self.real_path = file.real_path
                 self._wal_id, self._index_id = file.wal_id(), file.index_id()
+                self._areas = {file.id: _SHARED, self._index_id: _IN_USE}
                 self._lock(file)
             if not self._has(file.wal_id(), file.index_id()):
                 raise OpenError(file.path, errors.WAL_REMOVED)
@@ -105,7 +108,7 @@ class Guard:
 
     def has_write_lock(self) -> bool:
         """Whether this process has SQLite's write lock. If it was dropped, others may have committed meanwhile."""
-        for descriptor in self._index_descriptors():
+        for descriptor in self._locked(self._index_id):
             # A lock of another kind is asked for, so that this process's own is in its way. Another process's, too.
             question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_WRITER, 0)
             with contextlib.suppress(OSError):
@@ -115,15 +118,13 @@ class Guard:
 
     def take_write_lock(self) -> None:
         """Take it again, when the process that has it now gives it back. SQLite, which believes to have it, does so."""
-        for descriptor in self._index_descriptors():
+        for descriptor in self._locked(self._index_id):
             with contextlib.suppress(OSError):
-                start, length = _WRITER
-                fcntl.lockf(descriptor, fcntl.LOCK_EX, length, start)
+                fcntl.lockf(descriptor, fcntl.LOCK_EX, _WRITER[1], _WRITER[0])
 
-    def _index_descriptors(self) -> list[int]:
-        """Those that are still proven to be the -shm's."""
-        locks = self._locks.items()
-        return [each for each, (file_id, area) in locks if area == _IN_USE and find_id(each) == file_id]
+    def _locked(self, file_id: FileId | None) -> list[int]:
+        """The descriptors of this file that the lock is on, and that are still proven to be this file's."""
+        return [number for number, each in self._locks.items() if each == file_id == find_id(number)]
 
     def leave(self, conn: object, file: File, keeps_lock: bool) -> None:
         """For a connection that SQLite will now close. The last one gives the lock back: it would block SQLite's close.
@@ -174,10 +175,7 @@ class Guard:
 
     def _is_overwritten(self, file: File) -> bool:
         """Whether a backup was copied into the file: then its header says that it isn't in WAL mode."""
-        return any(
-            area == _SHARED and _journal_mode(descriptor, file) == "delete"
-            for descriptor, (_, area) in self._locks.items()
-        )
+        return any(_journal_mode(descriptor, file) == "delete" for descriptor in self._locked(file.id))
 
     def _lock(self, file: File) -> None:
         """Take the lock, if this system has such locks. It is on SQLite's own descriptors.
@@ -186,40 +184,35 @@ class Guard:
         process has a lock on the file.
         """
         self._locks = {}
-        areas = {file.id: _SHARED, self._index_id: _IN_USE}
         found = _open_by_sqlite(file)
         writable = {file_id for file_id, mode in found.values() if mode != os.O_RDONLY}
         own = {file.id, self._wal_id, self._index_id} & {file_id for file_id, _ in found.values()}
         if not file.read_only and not own <= writable:
             raise OpenError(file.path, errors.NO_DESCRIPTORS)
-        try:
-            if _SETLK is None:
-                raise OSError("this system has none")
-            for descriptor, (file_id, _) in found.items():
-                if file_id in areas:
-                    try:
-                        _set(descriptor, fcntl.F_RDLCK, areas[file_id])
-                    except OSError as error:
-                        if error.errno == errno.EBADF:  # another thread has opened the same file, and failed
-                            continue
-                        raise
-                    self._locks[descriptor] = file_id, areas[file_id]
-            if file.id not in (locked := {file_id for file_id, _ in self._locks.values()}):
-                raise OSError("SQLite's descriptor was not found")
-        except OSError as error:
+        why_not: object = "SQLite's descriptor was not found" if _SETLK else "this system has none"
+        for descriptor, (file_id, _) in found.items() if _SETLK else ():
+            if file_id in self._areas:
+                try:
+                    _set(descriptor, fcntl.F_RDLCK, self._areas[file_id])
+                    self._locks[descriptor] = file_id
+                except BlockingIOError as error:  # another process checkpoints, and takes itself for the last one
+                    self._release()
+                    raise OpenError(file.path, errors.WAL_REMOVED) from error
+                except (
+                    OSError
+                ) as error:  # none on this file system; or another thread, whose open failed, has closed it
+                    why_not = error
+        if file.id not in self._locks.values():
             self._release()
-            if isinstance(error, BlockingIOError):  # another process checkpoints, and takes itself for the last one
-                raise OpenError(file.path, errors.WAL_REMOVED) from error
-            _log.info(errors.NO_LOCK, file.path, error)
-            return
-        if self._index_id not in locked:  # SQLite has another -shm open than the one that is there now
+            _log.info(errors.NO_LOCK, file.path, why_not)
+        elif self._index_id not in self._locks.values():  # SQLite has another -shm open than the one that is there now
             raise OpenError(file.path, errors.WAL_REMOVED)
 
     def _unlock(self, file: File) -> None:
         """Take SQLite's own locks again, because something may have dropped them, and give back ours."""
         try:
-            for descriptor, (file_id, (start, length)) in self._locks.items():
-                if find_id(descriptor) == file_id:
+            for file_id, (start, length) in self._areas.items():
+                for descriptor in self._locked(file_id):
                     fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, length, start)
         except OSError as error:
             _log.warning(errors.NO_LOCK_FOR_CLOSING, file.path, error)
@@ -227,8 +220,8 @@ class Guard:
             self._release()
 
     def _release(self) -> None:
-        for descriptor, (file_id, area) in self._locks.items():
-            if find_id(descriptor) == file_id:
+        for file_id, area in self._areas.items():
+            for descriptor in self._locked(file_id):
                 with contextlib.suppress(OSError):  # closed meanwhile
                     _set(descriptor, fcntl.F_UNLCK, area)
         self._locks = {}
