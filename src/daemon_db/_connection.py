@@ -85,9 +85,12 @@ class Connection(sqlite3.Connection):
 
     def has_lost_lock(self) -> bool:
         """Whether SQLite's write lock, which this connection's transaction has, was dropped."""
+        guard = self.state.guard
+        if guard is None or self.state.file.read_only:  # what can only be read has none
+            return False
         try:
-            return self.in_transaction and self.state.guard is not None and not self.state.guard.has_write_lock()
-        except sqlite3.Error:  # it is closed
+            return self.in_transaction and not guard.has_write_lock()
+        except sqlite3.Error:  # the connection is closed
             return False
 
     def take_lock_again(self) -> None:
