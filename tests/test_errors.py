@@ -231,8 +231,8 @@ def _(path: Path, patch: pytest.MonkeyPatch) -> None:
 
 @says(
     "REPLACED",
-    "DIR/db: the file that this process has open was removed, replaced or emptied. Stop every program that uses it, "
-    'start none, and change nothing: see "Removed or replaced" in the README',
+    "DIR/db: the file that this process has open was removed, replaced or emptied. Stop, start and change nothing yet: "
+    'first see "Removed or replaced" in the README',
 )
 def _(path: Path, _: pytest.MonkeyPatch) -> None:
     with DB.open(path) as db:
@@ -424,8 +424,8 @@ def _(path: Path, _: pytest.MonkeyPatch) -> str:
 
 @says(
     "IO_ERROR",
-    "DIR/db: disk I/O error (SQLITE_IOERR_WRITE): a failing disk, a network file system, or ulimit -f. Look at the "
-    "system's log first",
+    "DIR/db: disk I/O error (SQLITE_IOERR_WRITE): a failing disk, a network file system, ulimit -f, or a removed "
+    "-wal. Look at the logs first",
 )
 def _(path: Path, _: pytest.MonkeyPatch) -> str:
     return said_by(f"{LIMIT_FILES}DB.open(path)", path)
@@ -668,7 +668,11 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
         raise AssertionError
 
 
-@says("WAITED_FOR_TURN", "DIR/db: waited 0.0 s for the transaction() of another thread: MainThread (N)")
+@says(
+    "WAITED_FOR_TURN",
+    "DIR/db: waited 0.0 s for the transaction() of another thread: MainThread (N). It may itself wait for another "
+    'program: see "Locked" in the README',
+)
 def _(path: Path, _: pytest.MonkeyPatch) -> None:
     with DB.open(path, timeout=0) as db, db.transaction():
         in_thread(lambda: begin(db))
@@ -676,7 +680,8 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
 
 @says(
     "WAITED_FOR_CONNECTION",
-    "DIR/db: waited N s for another connection that writes: another process's, or another thread's",
+    "DIR/db: waited N s for another connection that writes, another process's or another thread's: "
+    'see "Locked" in the README',
 )
 def _(path: Path, _: pytest.MonkeyPatch) -> None:
     with DB.open(path, timeout=0) as db, closing(sqlite3.connect(path, isolation_level=None)) as conn:

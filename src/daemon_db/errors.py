@@ -63,8 +63,8 @@ SHARED_FILE_SYSTEM = (
 # Removed, replaced
 
 REPLACED = (
-    "the file that this process has open was removed, replaced or emptied. Stop every program that uses it, start "
-    'none, and change nothing: see "Removed or replaced" in the README'
+    "the file that this process has open was removed, replaced or emptied. Stop, start and change nothing yet: first "
+    'see "Removed or replaced" in the README'
 )
 REPLACED_FOR_READER = (
     "the file that this DB reads was removed, replaced or emptied. Nothing was written: close the DB, and open it again"
@@ -114,7 +114,9 @@ NO_SPACE_SEEN = (
     "more space than the file has"
 )
 NO_TEMPORARY_DIRECTORY = "no directory for temporary files that can be written: set SQLITE_TMPDIR to one"
-IO_ERROR = "disk I/O error ({}): a failing disk, a network file system, or ulimit -f. Look at the system's log first"
+IO_ERROR = (
+    "disk I/O error ({}): a failing disk, a network file system, ulimit -f, or a removed -wal. Look at the logs first"
+)
 NO_WAL_MODE = "WAL mode is not available here: journal_mode stayed {!r}"
 NO_FOREIGN_KEYS = "this SQLite was built without foreign keys"
 _NO_SHARED_MEMORY = (
@@ -170,8 +172,14 @@ FORKED = (
     "start the process by spawn (forkserver: don't preload what opens it)"
 )
 NESTED = "this thread is in a transaction(), a snapshot(), or a BEGIN or SAVEPOINT by hand"
-WAITED_FOR_TURN = "waited {} s for the transaction() of another thread: {}"
-WAITED_FOR_CONNECTION = "waited {:.1f} s for another connection that writes: another process's, or another thread's"
+WAITED_FOR_TURN = (
+    "waited {} s for the transaction() of another thread: {}. It may itself wait for another program: "
+    'see "Locked" in the README'
+)
+WAITED_FOR_CONNECTION = (
+    "waited {:.1f} s for another connection that writes, another process's or another thread's: "
+    'see "Locked" in the README'
+)
 WAITED_FOR_READ = "waited {:.1f} s for another connection"
 HALF_READ = (
     "this thread has a SELECT that is half read, so SQLite didn't wait (or the busy timeout is shorter): fetchall() "
