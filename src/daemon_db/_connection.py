@@ -101,7 +101,7 @@ class Connection(sqlite3.Connection):
         """
         self.stage = SPENT
         if self.state.guard:
-            self.state.guard.take_write_lock()
+            self.state.guard.take_write_lock(self.state.timeout)
 
     def count_own_references(self) -> None:
         """Remember how many references there are while no caller has the connection."""

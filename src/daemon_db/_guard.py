@@ -18,11 +18,13 @@ import os
 import struct
 import sys
 import threading
+import time
 import weakref
 
 from . import errors
 from ._file import File, FileId, find_id, id_of, status_of
 from ._process import this_process
+from ._wait import PAUSE, now
 from .errors import OpenError
 
 _log = logging.getLogger("daemon_db")
@@ -116,11 +118,19 @@ class Guard:
                 return bool(pid == os.getpid() or pid < -1)  # CephFS, for one, says of each lock that it is a server's
         return True
 
-    def take_write_lock(self) -> None:
-        """Take it again, when the process that has it now gives it back. SQLite, which believes to have it, does so."""
+    def take_write_lock(self, timeout: float) -> None:
+        """Take it again, waiting up to `timeout` seconds for another process. SQLite, which believes to have the lock,
+        gives it back.
+        """
+        deadline = now() + timeout
         for descriptor in self._locked(self._index_id):
-            with contextlib.suppress(OSError):
-                fcntl.lockf(descriptor, fcntl.LOCK_EX, _WRITER[1], _WRITER[0])
+            while True:
+                with contextlib.suppress(OSError):
+                    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, _WRITER[1], _WRITER[0])
+                    break
+                if now() >= deadline:
+                    break
+                time.sleep(PAUSE)
 
     def _locked(self, file_id: FileId | None) -> list[int]:
         """The descriptors of this file that the lock is on, and that are still proven to be this file's."""
