@@ -60,7 +60,6 @@ class Connection(sqlite3.Connection):
         self.state = state
         self.stage = OPENING
         self.thread_name = this_threads_name()
-        self._thread = thread.token
         self._threads_connections = thread.connections
         self._own_references = 0
         try:
@@ -81,7 +80,7 @@ class Connection(sqlite3.Connection):
 
     def is_this_threads(self) -> bool:
         """Whether the calling thread is the one that opened the connection."""
-        return self._thread is thread.token
+        return self._threads_connections is thread.connections  # not by its number, which the next thread gets
 
     def has_lost_lock(self) -> bool:
         """Whether SQLite's write lock, which this connection's transaction has, was dropped."""
@@ -182,13 +181,12 @@ class _ClosesAtThreadEnd:
 
 class _ThreadLocal(threading.local):
     def __init__(self) -> None:
-        self.token = object()  # the number of a thread that has ended is given to another one
         self.connections: dict[State, Connection] = {}
         self._end = _ClosesAtThreadEnd(self.connections)
 
 
 thread = _ThreadLocal()
-"""The calling thread: `connections` are the thread's own, one for each `DB`, and by its `token` a thread is known."""
+"""`thread.connections` are the calling thread's connections, one for each `DB`. By this dict, a thread is known."""
 
 
 def this_threads_name() -> str:

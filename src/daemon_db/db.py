@@ -158,7 +158,7 @@ class DB:
         conn = self._connection()
         if conn.in_transaction:
             self._refuse_nested(conn)
-        warning, is_in_block, token = None, False, thread.token
+        warning, is_in_block, threads_connections = None, False, thread.connections
         try:
             if not state.turn.acquire(True, state.timeout):  # by keyword, this takes three times as long
                 raise locked(f"{self.path}: {errors.WAITED_FOR_TURN.format(state.timeout, self._writer)}")
@@ -187,7 +187,7 @@ class DB:
                 raise
         finally:
             try:
-                if token is thread.token:  # else another thread ends this generator
+                if threads_connections is thread.connections:  # else another thread ends this generator
                     state.turn.release()
             except RuntimeError:
                 pass  # this thread doesn't have the turn: it did not get it, or conn.close() has given it back
