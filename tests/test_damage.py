@@ -282,10 +282,10 @@ def test_a_damaged_catalogue(rollback: bytes, tmp_path: Path, name: str, column:
         with pytest.raises(SchemaError if expected == "schema" else OpenError) as caught:
             DB.open(path)
         if expected == "damaged":
-            assert caught.value.reason.startswith(errors.damaged("").partition("(")[0])
+            assert caught.value.reason.startswith(errors.DAMAGED.format("").partition("(")[0])
         if expected == "unread":
             assert name in caught.value.reason.split("README")[0]
-            assert not caught.value.reason.startswith(errors.damaged("").partition("(")[0])
+            assert not caught.value.reason.startswith(errors.DAMAGED.format("").partition("(")[0])
         if expected != "refused":  # that one is found out when the table is created, in WAL mode
             assert contents(path) == before
     assert not [file for file in open_files() if file.startswith(str(path))]

@@ -502,7 +502,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
 
 
 @says(
-    "_DAMAGED",
+    "DAMAGED",
     "DIR/db: damaged (database disk image is malformed). Stop every program that has it open, and remove nothing: see "
     '"Damage" in the README',
 )
@@ -662,12 +662,6 @@ else:
     return run(f"import warnings\nwarnings.simplefilter('ignore')\n{SAY}{code}", path)
 
 
-@says("NESTED", "DIR/db: this thread is in a transaction(), a snapshot(), or a BEGIN or SAVEPOINT by hand")
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
-    with DB.open(path) as db, db.snapshot(), db.transaction():
-        raise AssertionError
-
-
 @says(
     "WAITED_FOR_TURN",
     "DIR/db: waited 0.0 s for the transaction() of another thread: MainThread (N). It may itself wait for another "
@@ -687,18 +681,6 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     with DB.open(path, timeout=0) as db, closing(sqlite3.connect(path, isolation_level=None)) as conn:
         conn.execute("BEGIN IMMEDIATE")
         begin(db)
-
-
-@says("WAITED_FOR_READ", "DIR/db: waited N s for another connection")
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
-    make_rollback(path)
-    with (
-        DB.open(path, timeout=0, read_only=True) as db,
-        closing(sqlite3.connect(path, isolation_level=None)) as conn,
-    ):
-        conn.execute("BEGIN EXCLUSIVE")
-        with db.snapshot():
-            raise AssertionError
 
 
 @says(

@@ -708,6 +708,29 @@ class TestWhatIsLeftOfAnotherFile:
         others[0].close()
         assert [aside.read_bytes() for aside in tmp_path.glob("db-*-wal")] == [old]
 
+    def test_nor_is_another_ones_new_index(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The other one is done between this one's look at the -wal and its look at the -shm."""
+        path = tmp_path / "db"
+        beside_nothing(path)
+        others = []
+        put_aside = _file.File.put_wal_aside
+
+        def put_aside_late(file: _file.File, words: str, wal_id: _file.FileId | None) -> None:
+            monkeypatch.setattr(_file.File, "put_wal_aside", put_aside)
+            others.append(DB.open(path))
+            insert_run(others[0].conn)
+            index = (tmp_path / "db-shm").stat().st_ino
+            put_aside(file, words, wal_id)
+            assert (tmp_path / "db-shm").stat().st_ino == index
+
+        monkeypatch.setattr(_file.File, "put_wal_aside", put_aside_late)
+        with DB.open(path) as db:
+            for number in range(2, 5):
+                with others[0].transaction() as conn:
+                    insert_run(conn, f"run-{number}")
+            assert count_in_a_thread(db) == 4
+        others[0].close()
+
     def test_an_empty_wal_is_no_obstacle(self, tmp_path: Path) -> None:
         an_empty_wal(tmp_path / "db")
         works(tmp_path / "db")

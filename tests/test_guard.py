@@ -1211,7 +1211,7 @@ def test_a_plain_connection_of_the_process_is_no_obstacle(tmp_path: Path) -> Non
 def test_memory_and_rollback_journals_have_nothing_to_guard(tmp_path: Path) -> None:
     make_rollback(tmp_path / "rollback.db")
     with DB.open(":memory:") as memory, DB.open(tmp_path / "rollback.db", read_only=True) as db:
-        assert memory._state.guard is None and db._state.guard and not db._state.guard.is_used()
+        assert memory._state.guard is None and db._state.guard and not db._state.guard.connections
         with closing(sqlite3.connect(tmp_path / "rollback.db")) as other:
             insert_run(other, "run-2")
             other.commit()

@@ -325,6 +325,18 @@ def test_a_live_file_that_was_replaced_by_its_own_copy_has_its_newest_commits_in
     assert runs(killed) == IN_ALL
 
 
+@pytest.mark.parametrize("put", PUTS)
+def test_a_reader_that_was_closed_before_is_no_reason_not_to_look(put: Callable[[Path], None], killed: Path) -> None:
+    """It has left its lock where it was, so that SQLite left the -wal there."""
+    reader = DB.open(killed, read_only=True)
+    reader.close()
+    put(killed)
+    with DB.open(killed) as db:
+        assert {run_id for (run_id,) in db.conn.execute("SELECT id FROM runs NOT INDEXED")} == IN_BACKUP
+    assert repr(reader).endswith("closed>")
+    check_backup(killed)
+
+
 def test_an_empty_wal_beside_a_backup_is_nobodys(killed: Path, caplog: pytest.LogCaptureFixture) -> None:
     move(killed)
     os.truncate(f"{killed}-wal", 0)

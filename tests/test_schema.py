@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sqlite3
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import daemon_db
-from daemon_db import DB, SchemaError, _connection, _schema
+from daemon_db import DB, SchemaError, _connection, _file, _schema
 from daemon_db._schema import SQL as SHIPPED
 from support import FIRST as SQL
 from support import LIMIT, end, run, start, use_schema
@@ -158,8 +159,9 @@ def test_a_conflict_in_wal_mode_leaves_the_file_as_it_was_and_nothing_beside_it(
 
 @pytest.mark.parametrize("script", [NOTES, schema(runs=(RUNS_UNIQUE, "")) + NOTES], ids=["another's", "conflict"])
 @pytest.mark.parametrize("is_link", [False, True], ids=["file", "link"])
+@pytest.mark.parametrize("is_interrupted", [False, True])
 def test_the_wal_of_a_killed_process_is_not_checkpointed_into_a_refused_file(
-    tmp_path: Path, script: str, is_link: bool
+    tmp_path: Path, script: str, is_link: bool, is_interrupted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint would write to the file. Its rows wait in the WAL for the program that it belongs to."""
     directory = tmp_path / "data"
@@ -177,7 +179,20 @@ def test_the_wal_of_a_killed_process_is_not_checkpointed_into_a_refused_file(
     assert before["daemon.db-wal"]
     link = tmp_path / "link.db"
     link.symlink_to(path)
-    refused(link if is_link else path)
+    if is_interrupted:  # while it closes: then it closes once more
+        size = _file.File.wal_size
+
+        def interrupted(file: _file.File) -> int:
+            if sys._getframe(1).f_code.co_name != "_leave":
+                return size(file)
+            monkeypatch.setattr(_file.File, "wal_size", size)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(_file.File, "wal_size", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            DB.open(link if is_link else path)
+    else:
+        refused(link if is_link else path)
     assert files(directory) == before
     with closing(sqlite3.connect(path)) as conn:
         assert conn.execute("SELECT text FROM notes").fetchall() == [("in the WAL",)]

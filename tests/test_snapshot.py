@@ -1,7 +1,6 @@
 """`snapshot()`: reads as of one moment, no write, and autocommit mode afterwards, whatever happens."""
 
 import contextlib
-import re
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -132,7 +131,7 @@ def test_nested(outer: str, inner: str, tmp_path: Path) -> None:
     with DB.open(tmp_path / "db", timeout=600) as db:
         with getattr(db, outer)() as conn:
             with (
-                pytest.raises(sqlite3.OperationalError, match="^cannot start a transaction within a transaction\n"),
+                pytest.raises(sqlite3.OperationalError, match="^cannot start a transaction within a transaction$"),
                 getattr(db, inner)(),
             ):
                 raise AssertionError
@@ -163,10 +162,8 @@ def test_a_file_that_cannot_be_read_yet(tmp_path: Path) -> None:
         contextlib.closing(sqlite3.connect(tmp_path / "db", isolation_level=None)) as other,
     ):
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(sqlite3.OperationalError, match="^database is locked") as caught, db.snapshot():
+        with pytest.raises(sqlite3.OperationalError, match="^database is locked$"), db.snapshot():
             raise AssertionError
-        (note,) = caught.value.__notes__
-        assert re.match(rf"{re.escape(db.path)}: waited [0-9]+\.[0-9] s for another connection", note)
         other.execute("COMMIT")
         is_as_before(db)
         assert count_in_snapshot(db) == 1

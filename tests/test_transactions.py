@@ -743,19 +743,6 @@ class TestNotes:
             assert pool.submit(runs, db).result(LIMIT) == []
             check_that_the_next_one_works(db)
 
-    @pytest.mark.parametrize("inner", ["transaction", "snapshot"])
-    @pytest.mark.parametrize("outer", ["transaction", "snapshot", "BEGIN"])
-    def test_nested(self, outer: str, inner: str, db: DB) -> None:
-        with contextlib.nullcontext() if outer == "BEGIN" else getattr(db, outer)():
-            if outer == "BEGIN":
-                db.conn.execute("BEGIN")
-            with pytest.raises(sqlite3.OperationalError, match="within a transaction") as caught, getattr(db, inner)():
-                raise AssertionError
-        (note,) = caught.value.__notes__
-        assert note.startswith(f"{db.path}: this thread is in a ")
-        if outer == "BEGIN":
-            db.conn.execute("ROLLBACK")
-
     def test_a_write_where_there_is_none(self, db: DB) -> None:
         insert_run(db.conn)
         with DB.open(db.path, read_only=True) as reader:

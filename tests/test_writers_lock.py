@@ -4,6 +4,7 @@ SQLite's lock of who writes is a POSIX lock on the -shm: the daemon's process lo
 descriptor of the -shm. `DAEMON_DB_LONG=1` in the environment makes it go on for longer (see `support`).
 """
 
+import contextlib
 import importlib
 import shutil
 import sqlite3
@@ -232,3 +233,21 @@ def test_a_long_block_as_such_is_not_refused(lock: str, path: Path, monkeypatch:
             join(reader)
         ours = {f"{name}-{number}" for name in range(3) for number in range(count)}
         check(db, ours.union(*(others(number, 0) for number in range(count))))
+
+
+@pytest.mark.parametrize("end", ["commits", "raises"])
+def test_a_block_that_reads_by_a_begin_of_its_own_has_no_lock_to_lose(
+    end: str, db: DB, other: Callable[..., str]
+) -> None:
+    """It isn't told that its lock was dropped, and takes none that nobody would give back."""
+    with DB.open(db.path):  # which keeps the -shm open, and what locks it may have
+        with contextlib.suppress(ZeroDivisionError), db.transaction() as conn:
+            insert_run(conn, "ours")
+            conn.execute("COMMIT")
+            conn.execute("BEGIN")
+            conn.execute("SELECT * FROM runs").fetchall()
+            make_long()
+            if end == "raises":
+                raise ZeroDivisionError
+        other(COMMIT_AND_BEGIN, 0, 0)
+    check(db, {"ours", *others(0, 0)})

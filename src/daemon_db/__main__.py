@@ -12,7 +12,7 @@ from typing import Any
 from . import DB, OpenError, SchemaError, __version__, _file, _opening, _schema, errors
 from ._backup import back_up, count_rows, let_interrupts_in, problems_and_rows
 from ._connection import State, close_this_threads
-from .errors import damaged, in_words, primary_code
+from .errors import DAMAGED, in_words, primary_code
 
 _MOST_PROBLEMS = 3
 _TIMEOUT = 5.0
@@ -138,7 +138,7 @@ def what_failed(found: dict[str, Any]) -> str:
     """The first problems on one line, and what to do about them."""
     first, more = found["problems"][:_MOST_PROBLEMS], len(found["problems"]) - _MOST_PROBLEMS
     problems = "; ".join(first) + (f" and {more} more" if more > 0 else "")
-    said = damaged(problems) if found["damaged"] else f"{problems}: {errors.ORPHANS}"
+    said = DAMAGED.format(problems) if found["damaged"] else f"{problems}: {errors.ORPHANS}"
     backup = ""
     if "backup" in found:
         backup = ". The backup was written all the same" if found["backup"] else ". No backup was written"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from ._file import File
 from ._guard import Guard
 from ._process import this_process
-from .errors import WAL_REMOVED, OpenError
+from .errors import WAL_REMOVED, OpenError, primary_code
 
 # The stages of a connection's life. No enum: to read an enum's member takes as long as all else in `DB.conn`.
 OPENING = "opening"  # not all steps are done: to close it leaves the file and its WAL as they were
@@ -85,12 +85,14 @@ class Connection(sqlite3.Connection):
     def has_lost_lock(self) -> bool:
         """Whether SQLite's write lock, which this connection's transaction has, was dropped."""
         guard = self.state.guard
-        if guard is None or self.state.file.read_only:  # what can only be read has none
-            return False
         try:
-            return self.in_transaction and not guard.has_write_lock()
-        except sqlite3.Error:  # the connection is closed
-            return False
+            if guard is None or not self.in_transaction or guard.has_write_lock():
+                return False
+            # A BEGIN by hand, or a connection that can only read, has none. This fails then, or takes the lock.
+            self.execute("DELETE FROM runs WHERE 0")
+        except sqlite3.Error as error:
+            return primary_code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY, 0)
+        return not guard.has_write_lock()
 
     def take_lock_again(self) -> None:
         """Take the lock before ROLLBACK, and have the connection replaced after it.
@@ -100,7 +102,7 @@ class Connection(sqlite3.Connection):
         """
         self.stage = SPENT
         if self.state.guard:
-            self.state.guard.take_write_lock(self.state.timeout)
+            self.state.guard.take_write_lock()
 
     def count_own_references(self) -> None:
         """Remember how many references there are while no caller has the connection."""
@@ -125,7 +127,9 @@ class Connection(sqlite3.Connection):
         """As `close`, also where the thread is ending, and doesn't know itself any more."""
         if self.state.pid != os.getpid() or self not in this_process().open_files:
             return  # the parent's, or closed already
-        is_refused, self.stage = self.stage is OPENING, SPENT  # first: a signal may interrupt this
+        is_refused = self.stage is OPENING
+        if not is_refused:  # a signal may interrupt this, and the next attempt must know both
+            self.stage = SPENT
         with contextlib.suppress(sqlite3.Error):  # if ROLLBACK fails, SQLite's close rolls back
             # Without this, SQLite keeps the write lock after its close, as long as a cursor has rows to fetch.
             if self.in_transaction:
@@ -147,10 +151,10 @@ class Connection(sqlite3.Connection):
         """
         file = self.state.file
         leaves_wal = (file.read_only or is_refused) and file.wal_size() > 0
-        if leaves_wal and not guard.has_joined(self):  # the first read has failed
+        if leaves_wal and self not in guard.connections:  # the first read has failed
             with contextlib.suppress(OpenError):
                 self.join_guard()
-        if not guard.has_joined(self):  # it has written nothing, and has no WAL
+        if self not in guard.connections:  # it has written nothing, and has no WAL
             return True
         may_checkpoint = guard.may_checkpoint(file)
         keeps_lock = leaves_wal or not may_checkpoint

@@ -114,6 +114,8 @@ class File:
     def put_wal_aside(self, words: str, wal_id: FileId | None) -> None:
         """Rename this -wal, and the -shm: a process may still have the old file open. Warn by `words`."""
         aside, index_id = f"{self.real_path}-{time.time_ns()}", self.index_id()
+        if self.wal_id() != wal_id:  # asked after the -shm, which else may be that of another one's new -wal
+            return
         try:
             # The -wal last: as long as it is there, no other one that opens makes a new -shm.
             self._rename_aside("-shm", aside, index_id)

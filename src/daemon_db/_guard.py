@@ -32,6 +32,9 @@ _log = logging.getLogger("daemon_db")
 LOOK_EVERY = 0.01
 """Seconds from one look of `transaction()` to the next, while the lock is held."""
 
+_PATIENCE = 60.0
+"""Seconds for which a ROLLBACK without SQLite's write lock waits: it may destroy what another program is writing."""
+
 # macOS has such locks, too, with another structure.
 _SETLK: int | None = getattr(fcntl, "F_OFD_SETLK", None) if sys.platform == "linux" else None
 
@@ -49,7 +52,8 @@ class Guard:
         self.mutex = threading.RLock()
         """For joining, for looking, and for leaving together with SQLite's close."""
         self.real_path = ""
-        self._connections: set[object] = set()
+        self.connections: set[object] = set()
+        """Those that have joined."""
         self._wal_id: FileId | None = None
         self._index_id: FileId | None = None
         self._areas: dict[FileId | None, Bytes] = {}
@@ -63,27 +67,19 @@ class Guard:
         Raise `OpenError` if the WAL has been removed or replaced since that read, or SQLite can't write.
         """
         with self.mutex:
-            if not self._connections:
+            if not self.connections:
                 self.real_path = file.real_path
                 self._wal_id, self._index_id = file.wal_id(), file.index_id()
                 self._areas = {file.id: _SHARED, self._index_id: _IN_USE}
                 self._lock(file)
             if not self._has(file.wal_id(), file.index_id()):
                 raise OpenError(file.path, errors.WAL_REMOVED)
-            self._connections.add(conn)
-
-    def has_joined(self, conn: object) -> bool:
-        """Whether this is one of the connections that the lock is for."""
-        return conn in self._connections
+            self.connections.add(conn)
 
     @property
     def is_locked(self) -> bool:
-        """Whether the lock could be had."""
-        return bool(self._locks)
-
-    def is_used(self) -> bool:
-        """Whether any connection has joined."""
-        return bool(self._connections)
+        """Whether the connections have the lock: it can't be had everywhere."""
+        return bool(self.connections and self._locks)
 
     def look(self, file: File) -> int | None:
         """Is it still the same file, and the same -wal and -shm? Return the WAL's size, or None if the WAL is lost.
@@ -96,7 +92,7 @@ class Guard:
                 raise file.replaced()
             status = status_of(f"{file.real_path}-wal")
             is_whole = self._has(id_of(status) if status else None, file.index_id())
-            if self._connections and not is_whole:
+            if self.connections and not is_whole:
                 return None
             return status.st_size if status else 0
 
@@ -118,18 +114,14 @@ class Guard:
                 return bool(pid == os.getpid() or pid < -1)  # CephFS, for one, says of each lock that it is a server's
         return True
 
-    def take_write_lock(self, timeout: float) -> None:
-        """Take it again, waiting up to `timeout` seconds for another process. SQLite, which believes to have the lock,
-        gives it back.
-        """
-        deadline = now() + timeout
+    def take_write_lock(self) -> None:
+        """Take it again, for what SQLite does next. Wait for the program that has it now, up to `_PATIENCE` seconds."""
+        deadline = now() + _PATIENCE
         for descriptor in self._locked(self._index_id):
-            while True:
+            while now() < deadline:
                 with contextlib.suppress(OSError):
                     fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, _WRITER[1], _WRITER[0])
-                    break
-                if now() >= deadline:
-                    break
+                    return
                 time.sleep(PAUSE)
 
     def _locked(self, file_id: FileId | None) -> list[int]:
@@ -141,8 +133,8 @@ class Guard:
 
         If the last one keeps the lock, SQLite's close neither checkpoints nor removes the WAL.
         """
-        self._connections.discard(conn)
-        if not self._connections:
+        self.connections.discard(conn)
+        if not self.connections:
             self._put_wal_aside_if_replaced(file)
             if not keeps_lock:
                 self._unlock(file)
@@ -156,7 +148,7 @@ class Guard:
 
         If somebody has emptied the file, a checkpoint would write a part of the pages only, and the WAL would be gone.
         """
-        if len(self._connections) > 1:
+        if len(self.connections) > 1:
             return True  # this one isn't the last
         if file.size() == 0 or self._is_overwritten(file):
             return False
@@ -208,9 +200,7 @@ class Guard:
                 except BlockingIOError as error:  # another process checkpoints, and takes itself for the last one
                     self._release()
                     raise OpenError(file.path, errors.WAL_REMOVED) from error
-                except (
-                    OSError
-                ) as error:  # none on this file system; or another thread, whose open failed, has closed it
+                except OSError as error:  # none here; or another thread's open has failed, and closed it
                     why_not = error
         if file.id not in self._locks.values():
             self._release()
@@ -259,7 +249,7 @@ def refuse_lost(file: File) -> None:
     """
     for file_id, reference in this_process().guards.items():
         guard: Guard | None = reference()
-        if guard is None or not guard.is_used():
+        if guard is None or not guard.connections:
             continue
         if file_id == file.id and guard.look(file) is None:
             has_two_names = guard.real_path != file.real_path

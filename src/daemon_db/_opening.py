@@ -50,7 +50,7 @@ def open_file(state: State) -> Connection:
         enforce_foreign_keys(conn, file)
         if file.read_only:
             state.added = tuple(addition.problem for addition in missing)
-            forbid_writing(conn)
+            conn.execute("PRAGMA query_only=ON")  # SQLite refuses every write
             return conn
         if not had_wal:
             _wal.turn_on(conn, file, state.timeout)
@@ -89,7 +89,7 @@ def open_another(state: State) -> Connection:
             raise file.replaced()
         enforce_foreign_keys(conn, file)
         if file.read_only:
-            forbid_writing(conn)
+            conn.execute("PRAGMA query_only=ON")
     return conn
 
 
@@ -124,11 +124,6 @@ def enforce_foreign_keys(conn: sqlite3.Connection, file: File) -> None:
         raise OpenError(file.path, errors.NO_FOREIGN_KEYS)
 
 
-def forbid_writing(conn: sqlite3.Connection) -> None:
-    """Let SQLite refuse every write (https://sqlite.org/pragma.html#pragma_query_only)."""
-    conn.execute("PRAGMA query_only=ON")
-
-
 _known_devices: set[int] = set()
 
 
@@ -145,7 +140,7 @@ def said_in_words(state: State) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        if state.guard and state.guard.is_used():
+        if state.guard and state.guard.connections:
             state.look()  # SQLite's own words for a lost WAL may be "malformed", or "disk I/O error"
         if isinstance(error, (OpenError, SchemaError)):
             raise

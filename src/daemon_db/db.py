@@ -139,9 +139,12 @@ class DB:
 
         Raises `sqlite3.OperationalError`: "database is locked" after `timeout` (a note on the error says for whom it
         waited), and inside of another transaction "cannot start a transaction within a transaction". Raises what `conn`
-        raises. Raises what COMMIT raises, and rolls back. Raises "database is locked" at the end, and rolls back, if
-        something in this process has dropped SQLite's write lock in the block (https://sqlite.org/howtocorrupt.html,
-        2.2). Raises `sqlite3.ProgrammingError` if the block ends in another thread, which can't end the transaction.
+        raises. Raises what COMMIT raises, and rolls back. Raises `sqlite3.ProgrammingError` if the block ends in
+        another thread than the one that began it.
+
+        Raises "database is locked" also if something in this process has dropped SQLite's write lock in the block
+        (https://sqlite.org/howtocorrupt.html, 2.2), if the block took more than a millisecond, and the system is Linux.
+        The rollback then waits for a program that is writing, and the thread gets a new connection: repeat the block.
 
         Raises `OpenError` if the file or its WAL was removed or replaced, at the latest 10 ms after that. Nobody else
         sees what is committed there: look after the restart what was. If it is the WAL, this `DB` has come to its end,
@@ -157,7 +160,7 @@ class DB:
         state = self._state
         conn = self._connection()
         if conn.in_transaction:
-            self._refuse_nested(conn)
+            conn.execute("BEGIN")  # SQLite refuses it, and the outer transaction can go on
         warning, is_in_block, threads_connections = None, False, thread.connections
         try:
             if not state.turn.acquire(True, state.timeout):  # by keyword, this takes three times as long
@@ -212,21 +215,15 @@ class DB:
         """
         conn = self._connection()
         if conn.in_transaction:
-            self._refuse_nested(conn)
+            conn.execute("BEGIN")  # SQLite refuses it, and the outer transaction can go on
         cursor = sqlite3.Cursor(conn)
         cursor.row_factory = None  # the caller's may make anything of a row
         (query_only,) = cursor.execute("PRAGMA query_only").fetchone()
         put_back = f"PRAGMA query_only={query_only}"
-        start = now()
         try:
             conn.execute("PRAGMA query_only=ON")
             conn.execute("BEGIN")
-            try:
-                _opening.read_first(conn)  # BEGIN alone fixes nothing
-            except sqlite3.OperationalError as error:
-                if is_busy(error):
-                    error.add_note(f"{self.path}: {errors.WAITED_FOR_READ.format(now() - start)}")
-                raise
+            _opening.read_first(conn)  # BEGIN alone fixes nothing
             self._state.look()  # what is read in a lost WAL is as old as the loss
             yield conn
         except sqlite3.OperationalError as error:
@@ -322,14 +319,6 @@ class DB:
         if state.guard is None or state.guard.is_locked:
             self._next_look = time + LOOK_EVERY
         return self._checkpoints.keep_small(conn, size)
-
-    def _refuse_nested(self, conn: Connection) -> None:
-        """Raise SQLite's own refusal. The outer transaction can go on."""
-        try:
-            conn.execute("BEGIN")
-        except sqlite3.OperationalError as error:
-            error.add_note(f"{self.path}: {errors.NESTED}")
-            raise
 
     def _explain(
         self, conn: Connection, error: BaseException, second: sqlite3.Error | None, has_ended_itself: bool

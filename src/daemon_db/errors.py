@@ -132,7 +132,7 @@ _CANNOT_OPEN = (
     "its path at most 504 bytes, and the process needs free file descriptors"
 )
 NOT_A_DATABASE = 'not a SQLite database (if it was one, see "Damage" in the README before you do anything)'
-_DAMAGED = 'damaged ({}). Stop every program that has it open, and remove nothing: see "Damage" in the README'
+DAMAGED = 'damaged ({}). Stop every program that has it open, and remove nothing: see "Damage" in the README'
 # What SQLite's parser says of the text of a definition. All else about a malformed schema says that pages are damaged.
 _NOT_UNDERSTOOD = re.compile(
     r"malformed database schema \((.*)\) - (?:near .*: syntax error|unrecognized token: .*|unknown table option: .*)",
@@ -171,7 +171,6 @@ FORKED = (
     "opened before a fork(), and SQLite's locks don't work in the child. Close it in the parent before the fork, or "
     "start the process by spawn (forkserver: don't preload what opens it)"
 )
-NESTED = "this thread is in a transaction(), a snapshot(), or a BEGIN or SAVEPOINT by hand"
 WAITED_FOR_TURN = (
     "waited {} s for the transaction() of another thread: {}. It may itself wait for another program: "
     'see "Locked" in the README'
@@ -180,7 +179,6 @@ WAITED_FOR_CONNECTION = (
     "waited {:.1f} s for another connection that writes, another process's or another thread's: "
     'see "Locked" in the README'
 )
-WAITED_FOR_READ = "waited {:.1f} s for another connection"
 HALF_READ = (
     "this thread has a SELECT that is half read, so SQLite didn't wait (or the busy timeout is shorter): fetchall() "
     'first. See "Locked" in the README'
@@ -236,12 +234,12 @@ def in_words(error: Exception, timeout: float, network: str | None = None) -> st
     """What SQLite's `error` means for a file, and what to do. `network`: a file system that machines may share."""
     if isinstance(error, UnicodeDecodeError):  # SQLite's message quotes bytes of the file that are no text
         said = error.object.decode("utf-8", "replace")
-        return damaged(said) if "malformed" in said else said
+        return DAMAGED.format(said) if "malformed" in said else said
     if unread := _NOT_UNDERSTOOD.match(str(error)):
         return _NEWER_SQLITE.format(sqlite3.sqlite_version, unread[1])
     primary, code = primary_code(error), getattr(error, "sqlite_errorcode", 0)
     if primary == sqlite3.SQLITE_CORRUPT:
-        return damaged(str(error))
+        return DAMAGED.format(error)
     if code in _NO_SHARED_MEMORY_ERRORS:
         return _NO_SHARED_MEMORY.format(code_name(error))
     if code in (sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMSIZE):
@@ -255,11 +253,6 @@ def in_words(error: Exception, timeout: float, network: str | None = None) -> st
     if primary == sqlite3.SQLITE_CANTOPEN:
         return _CANNOT_OPEN
     return NOT_A_DATABASE if primary == sqlite3.SQLITE_NOTADB else str(error)
-
-
-def damaged(what: str) -> str:
-    """What to do about damage."""
-    return _DAMAGED.format(what)
 
 
 def code_name(error: BaseException) -> str:
