@@ -125,7 +125,7 @@ class Connection(sqlite3.Connection):
 
     def close_in_its_thread(self) -> None:
         """As `close`, also where the thread is ending, and doesn't know itself any more."""
-        if self.state.pid != os.getpid() or self not in this_process().open_files:
+        if self.state.pid != os.getpid() or not this_process().has_open(self):
             return  # the parent's, or closed already
         is_refused = self.stage is OPENING
         if not is_refused:  # a signal may interrupt this, and the next attempt must know both

@@ -15,26 +15,33 @@ from .errors import FORKED, OpenError
 class Process:
     """What a process has, and a child that is forked off it must not go on with."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int, parent: "Process | None" = None) -> None:
+        self.number = number
+        self.parent = parent
+        self.children: dict[int, Process] = {}  # only a child uses it, in its own memory
         self.lock = threading.RLock()
-        self.open_files: dict[object, File] = {}
+        self.open_files: tuple[tuple[object, File], ...] = ()
         """The file of each connection, from before SQLite opens the file until the connection is closed.
 
-        Always a new dict: a child reads its parent's, and the fork may come in the middle of a change.
+        A tuple: a child reads its parent's, and the fork may come in the middle of a change. Without the GIL, a dict
+        has a lock of its own, which is then taken for ever.
         """
         self.guards: dict[FileId, weakref.ref[Any]] = {}
         """The `Guard` of each file, which lives as long as a `DB` or a connection refers to it."""
 
     def add(self, connection: object, file: File) -> None:
         with self.lock:
-            self.open_files = self.open_files | {connection: file}
+            self.open_files = (*self.open_files, (connection, file))
+
+    def has_open(self, connection: object) -> bool:
+        return any(each is connection for each, _ in self.open_files)
 
     def remove(self, connection: object) -> None:
         with self.lock:
-            self.open_files = {each: file for each, file in self.open_files.items() if each is not connection}
+            self.open_files = tuple(pair for pair in self.open_files if pair[0] is not connection)
 
 
-_processes: dict[int, Process] = {}
+_process = Process(os.getpid())
 
 
 def this_process() -> Process:
@@ -43,8 +50,11 @@ def this_process() -> Process:
     By the process's number, not by a hook: a fork in C code runs no hook of Python's (uWSGI's, for one). And no lock of
     the parent's is asked for: another thread of the parent may have had the lock, which is then taken for ever.
     """
-    number = os.getpid()
-    return _processes.get(number) or _processes.setdefault(number, Process())
+    global _process
+    process, number = _process, os.getpid()
+    if process.number != number:
+        process = _process = process.children.setdefault(number, Process(number, process))
+    return process
 
 
 def refuse_inherited(file: File) -> None:
@@ -54,9 +64,10 @@ def refuse_inherited(file: File) -> None:
     the child believes in locks that it doesn't have: the parent's last `close()` finds the file free, and removes the
     WAL that the child writes to.
     """
-    this = this_process()
-    for process in list(_processes.values()):
-        for other in () if process is this else process.open_files.values():
+    process = this_process().parent
+    while process is not None:
+        for _, other in process.open_files:
             # A file that was being created had no inode yet.
             if other.id == file.id if other.id else other.real_path == file.real_path:
                 raise OpenError(file.path, FORKED)
+        process = process.parent

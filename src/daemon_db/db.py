@@ -381,7 +381,7 @@ class DB:
 
 
 for _block in DB.transaction, DB.snapshot:  # help() shows what a caller gets, and not how it is made
-    _block.__wrapped__.__annotations__["return"] = contextlib.AbstractContextManager[sqlite3.Connection]  # type: ignore[attr-defined]
+    _block.__wrapped__.__annotations__ = {"return": contextlib.AbstractContextManager[sqlite3.Connection]}  # type: ignore[attr-defined]
 
 
 def _drop(state: State) -> None:
