@@ -63,9 +63,12 @@ def use_schema(script: str) -> None:
 
 
 def spare(table: str) -> str:
-    """A column of `table` that takes any text, and NULL in a row that doesn't name it."""
-    facts = _schema.expected()[0].items()
-    return next(key for (name, kind, key), words in facts if (name, kind, words) == (table, "column", ("TEXT", "")))
+    """A column of `table` that takes any text, also the same again, and NULL in a row that doesn't name it."""
+    facts, _ = _schema.expected()
+    texts = [
+        key for (name, kind, key), words in facts.items() if (name, kind, words) == (table, "column", ("TEXT", ""))
+    ]
+    return next(column for column in texts if (table, "UNIQUE", column) not in facts)
 
 
 _REQUIRED = """

@@ -534,7 +534,13 @@ def test_a_harmless_difference_is_accepted(tmp_path: Path, script: str) -> None:
         assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
-COMMAND = "import sys; from daemon_db.__main__ import main; sys.exit(main())"
+COMMAND = """
+import sys
+from daemon_db.__main__ import main
+from support import FIRST, use_schema
+use_schema(FIRST)
+sys.exit(main())
+"""
 
 
 @pytest.mark.parametrize("is_complete", [True, False])

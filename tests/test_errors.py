@@ -13,7 +13,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -840,8 +840,15 @@ def _(path: Path, patch: pytest.MonkeyPatch) -> None:
     db.close()
 
 
+@pytest.fixture
+def schema_put_back() -> Iterator[None]:
+    shipped = _schema.SQL
+    yield
+    use_schema(shipped)
+
+
 @pytest.mark.parametrize("names", ROWS)
-@pytest.mark.usefixtures("first_schema")
+@pytest.mark.usefixtures("schema_put_back")
 def test_the_words(
     names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
