@@ -517,7 +517,7 @@ class TestBackup:
     def test_whose_it_is(self, mode: int, copied: int, is_there: bool, umask: int, tmp_path: Path) -> None:
         """Its owner's, its group's and its mode's who was at DEST; or else as the source. Root may give all of it."""
         path, copy = tmp_path / "daemon.db", tmp_path / "copy.db"
-        make_wal(path)
+        make_rollback(path)
         if is_there:
             copy.touch()
         like = copy if is_there else path
