@@ -68,11 +68,11 @@ class DB:
         `path` is a file name, made absolute at once, or ":memory:", a database in memory for this `DB`'s threads. Links
         in it are followed now, and not again.
         `timeout` is how many seconds each wait for a lock may last: this call's, a statement's, a transaction's.
-        `on_connect(conn)` is called with each new connection, last, in the thread that gets it: for `row_factory`,
-        `PRAGMA synchronous` and the like; not for using this `DB`. What it raises goes on to the caller, and the
-        connection is closed. For instance `on_connect=use_rows`, where `use_rows(conn)` does
-        `conn.row_factory = sqlite3.Row`. If it leaves autocommit mode, `sqlite3.ProgrammingError` is raised. If an SQL function or
-        a row factory refers to `conn`, another thread's `close()` doesn't close the connection before its thread ends.
+        `on_connect(conn)` is called with each new connection, last, in the thread that gets it: for
+        `conn.row_factory = sqlite3.Row`, `PRAGMA synchronous` and the like; not for using this `DB`. What it raises
+        goes on to the caller, and the connection is closed. If it leaves autocommit mode, `sqlite3.ProgrammingError` is
+        raised. If an SQL function or a row factory refers to `conn`, another thread's `close()` doesn't close the
+        connection before its thread ends.
         `read_only=True` writes nothing to the database, and needs no permission to write the file. The file's schema
         must be complete. This is for looking at a daemon's database, or at what a dead daemon left.
         `create=False` creates no file, and fills no empty one: for a command that must not make a database of a
