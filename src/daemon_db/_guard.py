@@ -86,15 +86,23 @@ class Guard:
 
         Raise `OpenError` if the file was removed or replaced: then what is beside it tells nothing of the WAL.
         """
-        with self.mutex:  # so that no last connection closes meanwhile, and rightly removes both
-            file.refuse_replaced()
-            if self._is_overwritten(file):
-                raise file.replaced()
-            status = status_of(f"{file.real_path}-wal")
-            is_whole = self._has(id_of(status) if status else None, file.index_id())
-            if self.connections and not is_whole:
-                return None
-            return status.st_size if status else 0
+        # First without the mutex: from Python 3.14 on, a signal's exception may come between `with` and its block, and
+        # the mutex would stay taken for ever.
+        size = self._look(file)
+        if size is None:
+            with self.mutex:  # a last connection may just have closed, and rightly removed both
+                size = self._look(file)
+        return size
+
+    def _look(self, file: File) -> int | None:
+        file.refuse_replaced()
+        if self._is_overwritten(file):
+            raise file.replaced()
+        status = status_of(f"{file.real_path}-wal")
+        is_whole = self._has(id_of(status) if status else None, file.index_id())
+        if self.connections and not is_whole:
+            return None
+        return status.st_size if status else 0
 
     def is_read_only(self, file: File) -> bool:
         """Whether SQLite could open one of the files for reading only, and was asked to write.
@@ -126,7 +134,7 @@ class Guard:
 
     def _locked(self, file_id: FileId | None) -> list[int]:
         """The descriptors of this file that the lock is on, and that are still proven to be this file's."""
-        return [number for number, each in self._locks.items() if each == file_id == find_id(number)]
+        return [number for number, each in list(self._locks.items()) if each == file_id == find_id(number)]
 
     def leave(self, conn: object, file: File, keeps_lock: bool) -> None:
         """For a connection that SQLite will now close. The last one gives the lock back: it would block SQLite's close.
