@@ -278,7 +278,8 @@ def refuse_or_put_aside(file: File) -> None:
     makes_files = file.read_only and not file.is_writable() and (wal is None or file.index_id() is None)
     if not makes_files and not (wal and wal.st_size):
         return
-    modes = {_journal_mode(descriptor, file) for descriptor in _open_by_sqlite(file)}
+    found = [descriptor for descriptor, (file_id, _) in _open_by_sqlite(file).items() if file_id == file.id]
+    modes = {_journal_mode(descriptor, file) for descriptor in found}
     if makes_files and "wal" in modes:
         raise OpenError(file.path, errors.NO_INDEX)
     if wal and wal.st_size and "delete" in modes:
@@ -288,9 +289,9 @@ def refuse_or_put_aside(file: File) -> None:
 
 
 def _journal_mode(descriptor: int, file: File) -> str | None:
-    """By the file's header (https://sqlite.org/fileformat2.html, 1.3.3). None if another file is open there."""
+    """By the header of the file, which was open there a moment ago (https://sqlite.org/fileformat2.html, 1.3.3)."""
     with contextlib.suppress(OSError):
-        header = os.pread(descriptor, 2, 18) if find_id(descriptor) == file.id else b""
+        header = os.pread(descriptor, 2, 18)
         # Asked again: if another thread has closed the descriptor meanwhile, its number may be another file's now.
         if find_id(descriptor) == file.id:
             return {b"\1\1": "delete", b"\2\2": "wal"}.get(header)
