@@ -175,11 +175,16 @@ def test_a_block_in_which_the_lock_was_dropped_is_told_to_repeat(
 
 
 @pytest.mark.parametrize("then", THEN)
+@pytest.mark.parametrize("end", ["raises", "closes"])
 def test_a_block_that_fails_after_the_lock_was_dropped_undoes_nothing_of_others(
-    then: str, db: DB, other: Callable[..., str]
+    end: str, then: str, db: DB, other: Callable[..., str]
 ) -> None:
-    with pytest.raises(ZeroDivisionError), block_with_a_drop(db, open_and_close, other, 0, THEN[then]):
-        raise ZeroDivisionError
+    with pytest.raises((ZeroDivisionError, sqlite3.ProgrammingError)):
+        with block_with_a_drop(db, open_and_close, other, 0, THEN[then]):
+            if end == "closes":
+                db.conn.close()
+            else:
+                raise ZeroDivisionError
     check(db, others(0, THEN[then]))
 
 

@@ -133,6 +133,8 @@ class Connection(sqlite3.Connection):
         with contextlib.suppress(sqlite3.Error):  # if ROLLBACK fails, SQLite's close rolls back
             # Without this, SQLite keeps the write lock after its close, as long as a cursor has rows to fetch.
             if self.in_transaction:
+                if self.has_lost_lock():
+                    self.take_lock_again()
                 self.execute("ROLLBACK")
         guard = self.state.guard
         with guard.mutex if guard else contextlib.nullcontext():
