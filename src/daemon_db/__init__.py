@@ -5,4 +5,4 @@ from .errors import OpenError, SchemaError
 
 __all__ = ["DB", "OpenError", "SchemaError", "__version__"]
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
