@@ -125,6 +125,18 @@ def append_event(conn: sqlite3.Connection, run_id: str = "run-1") -> int:
     return int(sequence)
 
 
+def runs(db: DB) -> set[str]:
+    """The ids of the runs that this thread finds, by the table itself."""
+    return {run_id for (run_id,) in db.conn.execute("SELECT id FROM runs NOT INDEXED")}
+
+
+def runs_in(path: Path | str) -> set[str]:
+    """The same for a stranger, who finds the file in order."""
+    with closing(sqlite3.connect(path)) as conn:
+        assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return {run_id for (run_id,) in conn.execute("SELECT id FROM runs NOT INDEXED")}
+
+
 def count_objects(conn: sqlite3.Connection) -> int:
     """How many tables and indexes there are, but for the indexes that constraints have."""
     select = "SELECT count(*) FROM sqlite_master WHERE type IN ('table', 'index') AND sql NOT NULL"

@@ -23,13 +23,11 @@ from support import (
     files_in,
     in_thread,
     insert_run,
-    join,
     make_killed,
     no_sync,
     open_files,
     rounds,
     run,
-    wait_for,
 )
 
 shares_memory = pytest.mark.skipif(
@@ -56,12 +54,14 @@ def no_collector() -> Iterator[None]:
 # Its own
 
 
-def test_a_thread_keeps_its_own_connection(path: str) -> None:
+def test_each_thread_has_a_connection_of_its_own_that_no_other_can_use(path: str) -> None:
     with DB.open(path) as db:
-        assert db.conn is db.conn
+        conn = db.conn
+        assert db.conn is conn
         assert in_thread(lambda: db.conn is db.conn)
-        theirs = in_thread(lambda: id(db.conn))
-        assert theirs != id(db.conn)
+        assert in_thread(lambda: db.conn is not conn)
+        with pytest.raises(sqlite3.ProgrammingError, match="that same thread"):
+            in_thread(lambda: conn.execute("SELECT 1"))
 
 
 def test_each_connection_is_set_up_alike(path: str) -> None:
@@ -79,13 +79,6 @@ def test_each_connection_is_set_up_alike(path: str) -> None:
         mode = "memory" if path == ":memory:" else "wal"
         assert pragmas() == in_thread(pragmas) == [mode, 1, 1250, 0]
     assert connected == [None, None]
-
-
-def test_a_connection_is_for_its_thread_only(path: str) -> None:
-    with DB.open(path) as db:
-        conn = db.conn
-        with pytest.raises(sqlite3.ProgrammingError, match="created in a thread can only be used in that same thread"):
-            in_thread(lambda: conn.execute("SELECT 1"))
 
 
 def test_eight_threads_append_to_one_run(path: str) -> None:
@@ -160,30 +153,6 @@ def test_no_file_stays_open_after_its_thread(no_collector: None, tmp_path: Path)
     assert os.listdir(tmp_path) == ["daemon.db"]
 
 
-def test_a_thread_that_outlives_the_db_closes_its_connection_when_it_ends(tmp_path: Path) -> None:
-    before = open_files()
-    used, end = threading.Event(), threading.Event()
-    db = DB.open(tmp_path / "daemon.db")
-
-    def work(db: DB) -> None:
-        db.conn.execute("SELECT 1")
-        del db
-        used.set()
-        wait_for(end)
-
-    thread = threading.Thread(target=work, args=(db,), daemon=True)
-    thread.start()
-    wait_for(used)
-    db.close()
-    del db
-    gc.collect()
-    assert open_files() != before
-    end.set()
-    join(thread)
-    assert open_files() == before
-    assert os.listdir(tmp_path) == ["daemon.db"]
-
-
 # Closed DBs in threads that go on
 
 
@@ -218,19 +187,27 @@ def test_what_is_closed_is_forgotten(path: str) -> None:
         assert [reference() for reference in closed] == [None, None]
 
 
-def test_asking_a_closed_db_closes_the_threads_connection(tmp_path: Path) -> None:
-    def ask() -> None:
-        with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
-            _ = db.conn
+@pytest.mark.parametrize("then", ["asks", "ends"])
+def test_when_the_thread_next_asks_or_ends_its_connection_is_closed(then: str, tmp_path: Path) -> None:
+    def use() -> None:
+        db.conn.execute("SELECT 1").fetchone()
 
     before = open_files()
     with ThreadPoolExecutor(1) as pool:
         db = DB.open(tmp_path / "daemon.db")
-        pool.submit(lambda: db.conn.execute("SELECT 1").fetchone()).result(LIMIT)
+        pool.submit(use).result(LIMIT)
         db.close()
         assert open_files() != before
-        pool.submit(ask).result(LIMIT)
-        assert open_files() == before
+        if then == "asks":
+            with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+                pool.submit(use).result(LIMIT)
+            assert open_files() == before
+        else:
+            del db
+            gc.collect()
+            assert open_files() != before
+    assert open_files() == before
+    assert os.listdir(tmp_path) == ["daemon.db"]
 
 
 def half_read(conn: sqlite3.Connection) -> Callable[[], object]:
@@ -433,9 +410,9 @@ for number in range(5):
 def test_asking_in_the_middle_of_a_statement_whether_the_db_is_closed(tmp_path: Path) -> None:
     """Were the connection closed then and there, the interpreter would crash."""
     code = """
-import sqlite3, sys, threading
+import sqlite3, sys
 from daemon_db import DB
-from support import in_thread, insert_run, insertion, join
+from support import in_thread, insert_run, insertion
 
 refused = []
 

@@ -1,4 +1,4 @@
-"""`fork()` with a `DB` open. Each test is a process of its own, which forks.
+"""`fork()` with a `DB` open, Python's and C's. Each test is a process of its own, which forks.
 
 `DAEMON_DB_LONG=1` in the environment makes it go on for longer (see `support`).
 """
@@ -12,7 +12,9 @@ from support import files_in, rounds, run, something_is_forbidden
 
 PROLOGUE = """
 import ctypes, gc, os, signal, sqlite3, sys, threading, warnings
-from support import LIMIT, append_event, in_thread, insert_run, insertion, join, spare, wait_for
+from support import (
+    LIMIT, append_event, in_thread, insert_run, insertion, join, no_sync, open_files, spare, wait_for
+)
 from daemon_db import DB, OpenError
 
 warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
@@ -24,6 +26,12 @@ def refused(use, error, words):
         assert words in str(raised), raised
     else:
         raise AssertionError("not refused")
+
+def all_is_refused(db):
+    for use in (lambda: db.conn, db.transaction().__enter__, db.snapshot().__enter__):
+        refused(use, sqlite3.ProgrammingError, f"{db!r}: opened before a fork()")
+    for read_only in (False, True):
+        refused(lambda: DB.open(db.path, read_only=read_only), OpenError, f"{db.path}: opened before a fork()")
 
 def fork_in_c():
     "As a server in C does it that runs Python (uWSGI): Python hears nothing of it."
@@ -38,6 +46,10 @@ def fork():
 def check(child):
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0, status
+
+def check_whole(db, table, count):
+    assert db.conn.execute(f"SELECT count(*) FROM {table}").fetchone() == (count,)
+    assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 def fill(conn):
     "So much that uncommitted pages are in the WAL already."
@@ -54,8 +66,10 @@ for by, leave in WAYS:
     print(path, flush=True)
 """
 
-ONE_THREAD = "(os.fork, sys.exit), (os.fork, os._exit), (fork_in_c, os._exit)"
-SOME_THREADS = "(os.fork, sys.exit), (os.fork, os._exit)"  # Python itself may hang in a child of C's
+# In a child of C's, Python itself may hang: at its end where there was another thread, anywhere where that one ran.
+ONE_THREAD = "(os.fork, sys.exit), (os.fork, os._exit), (fork_in_c, sys.exit), (fork_in_c, os._exit)"
+A_THREAD_WAITS = "(os.fork, sys.exit), (os.fork, os._exit), (fork_in_c, os._exit)"
+SOME_THREADS = "(os.fork, sys.exit), (os.fork, os._exit)"
 ONLY_FORK = "(os.fork, os._exit),"
 
 
@@ -69,65 +83,65 @@ def run_forking(code: str, directory: Path, ways: str = ONE_THREAD) -> None:
 
 def test_the_child_is_refused_and_the_parent_goes_on(tmp_path: Path) -> None:
     run_forking(
-        """
-        with DB.open(path) as db:
-            insert_run(db.conn)
-            if not (child := fork()):
-                words = f"<DB {path!r} open>: opened before a fork()"
-                for use in (lambda: db.conn, db.transaction().__enter__, db.snapshot().__enter__):
-                    refused(use, sqlite3.ProgrammingError, words)
-                db.close()
-                db.close()
-                leave(0)
-            check(child)
-            with db.transaction() as conn:
-                append_event(conn)
-            assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        """,
-        tmp_path,
-    )
-    assert {Path(name).name for name, data in files_in(tmp_path).items() if data is not None} == {"daemon.db"}
-
-
-def test_a_child_can_not_commit_the_parents_transaction(tmp_path: Path) -> None:
-    run_forking(
-        """
-        with DB.open(path) as db:
-            insert_run(db.conn)
-            try:
+        f"""
+        with DB.open(path, on_connect=no_sync) as db:
+            for number in range({rounds(2, 150)}):
                 with db.transaction() as conn:
-                    append_event(conn)
-                    child = fork()
-            except sqlite3.ProgrammingError as error:
-                assert "fork()" in str(error) and not child, error
-                leave(0)
-            assert child
-            check(child)
-            assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1,)
+                    insert_run(conn, f"before-{{number}}")
+                if not (child := fork()):
+                    all_is_refused(db)
+                    with DB.open(path + "-other", on_connect=no_sync) as other, other.transaction() as conn:
+                        insert_run(conn, f"run-{{number}}")
+                        if not (grandchild := fork()):
+                            all_is_refused(db)
+                            db.close()
+                            leave(0)
+                        check(grandchild)
+                    db.close()
+                    db.close()
+                    all_is_refused(db)
+                    leave(0)
+                check(child)
+                with db.transaction() as conn:
+                    insert_run(conn, f"after-{{number}}")
+                check_whole(db, "runs", 2 * number + 2)
+        with DB.open(path + "-other") as other:
+            check_whole(other, "runs", number + 1)
         """,
         tmp_path,
     )
+    names = {Path(name).name for name, data in files_in(tmp_path).items() if data is not None}
+    assert names == {"daemon.db", "daemon.db-other"}
 
 
-@pytest.mark.parametrize("dropped", ["kept", "dropped"])
-def test_a_transaction_of_the_forking_thread_survives_the_child(dropped: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "act",
+    [
+        pytest.param("pass", id="leaves"),
+        pytest.param("del db, block, conn; gc.collect()", id="drops it"),
+        pytest.param("db.close(); conn.close()", id="closes it"),
+        pytest.param(
+            "refused(lambda: block.__exit__(None, None, None), sqlite3.ProgrammingError, 'before a fork()')",
+            id="ends the block",
+        ),
+    ],
+)
+def test_the_parents_transaction_survives_what_the_child_does(act: str, tmp_path: Path) -> None:
     """Were the child to free the connection, it would roll back in the memory that it shares with the parent."""
     run_forking(
         f"""
         db = DB.open(path)
         insert_run(db.conn)
-        with db.transaction() as conn:
+        block = db.transaction()
+        with block as conn:
             fill(conn)
             if not (child := fork()):
-                if "{dropped}" == "dropped":
-                    del db, conn
-                    gc.collect()
+                {act}
                 leave(0)
             check(child)
             select = f"SELECT count(*), sum(length({{spare('events')}})) FROM events"
             assert conn.execute(select).fetchone() == (1000, 2000000)
-        assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1000,)
+        check_whole(db, "events", 1000)
         db.close()
         """,
         tmp_path,
@@ -144,8 +158,7 @@ def test_a_transaction_of_another_thread_survives_the_child(tmp_path: Path) -> N
                 fill(conn)
                 filled.set()
                 wait_for(forked)
-            assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-            assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1000,)
+            check_whole(db, "events", 1000)
             worked.append(True)
 
         worked = []
@@ -163,11 +176,29 @@ def test_a_transaction_of_another_thread_survives_the_child(tmp_path: Path) -> N
             assert worked
         """,
         tmp_path,
-        ways=SOME_THREADS,
+        ways=A_THREAD_WAITS,
     )
 
 
-def test_the_child_may_not_open_the_same_file_while_the_parent_has_it_open(tmp_path: Path) -> None:
+def test_the_parents_snapshot_goes_on(tmp_path: Path) -> None:
+    run_forking(
+        """
+        with DB.open(path) as db:
+            with db.snapshot() as conn:
+                if not (child := fork()):
+                    all_is_refused(db)
+                    leave(0)
+                check(child)
+                in_thread(lambda: insert_run(db.conn))
+                assert conn.execute("SELECT count(*) FROM runs").fetchone() == (0,)
+            insert_run(db.conn, "run-2")
+            check_whole(db, "runs", 2)
+        """,
+        tmp_path,
+    )
+
+
+def test_a_child_may_open_only_what_no_process_before_it_has_open(tmp_path: Path) -> None:
     """It would get no locks on it: the parent's close would remove the WAL, with what the child commits after it."""
     run_forking(
         """
@@ -178,32 +209,30 @@ def test_the_child_may_not_open_the_same_file_while_the_parent_has_it_open(tmp_p
             if not (child := fork()):
                 for name in (path, path + "-link", f"{directory}-link/{name}"):
                     refused(lambda: DB.open(name), OpenError, f"{name}: opened before a fork()")
-                if not (grandchild := fork()):
-                    refused(lambda: DB.open(path), OpenError, "opened before a fork()")
-                    leave(0)
-                check(grandchild)
                 with DB.open(path + "-other") as other:
                     insert_run(other.conn)
+                    if not (grandchild := fork()):
+                        all_is_refused(db)
+                        all_is_refused(other)
+                        leave(0)
+                    check(grandchild)
+                    insert_run(other.conn, "run-2")
+                    check_whole(other, "runs", 2)
+                if not (grandchild := fork()):
+                    all_is_refused(db)
+                    DB.open(path + "-other").close()
+                    leave(0)
+                check(grandchild)
                 leave(0)
             check(child)
             insert_run(db.conn)
-        """,
-        tmp_path,
-    )
-
-
-def test_the_child_may_open_what_the_parent_has_closed(tmp_path: Path) -> None:
-    run_forking(
-        """
-        with DB.open(path) as db:
-            insert_run(db.conn)
         if not (child := fork()):
             with DB.open(path) as db:
-                append_event(db.conn)
+                insert_run(db.conn, "run-2")
             leave(0)
         check(child)
         with DB.open(path) as db:
-            assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1,)
+            check_whole(db, "runs", 2)
         """,
         tmp_path,
     )
@@ -217,10 +246,10 @@ def test_a_memory_database_is_refused_to_the_child_too(tmp_path: Path) -> None:
             if not (child := fork()):
                 refused(lambda: db.conn, sqlite3.ProgrammingError, "opened before a fork()")
                 with DB.open(":memory:") as other:
-                    assert other.conn.execute("SELECT count(*) FROM runs").fetchone() == (0,)
+                    check_whole(other, "runs", 0)
                 leave(0)
             check(child)
-            assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+            check_whole(db, "runs", 1)
         """,
         tmp_path,
     )
@@ -257,6 +286,7 @@ def test_a_fork_in_the_middle_of_opening(tmp_path: Path) -> None:
                 wait_for(paused)
                 if not (child := fork()):
                     refused(lambda: DB.open(path), OpenError, "opened before a fork()")
+                    DB.open(path + "-other").close()
                     leave(0)
                 check(child)
                 go_on.set()
@@ -269,7 +299,7 @@ def test_a_fork_in_the_middle_of_opening(tmp_path: Path) -> None:
         check(child)
         """,
         tmp_path,
-        ways=SOME_THREADS,
+        ways=A_THREAD_WAITS,
     )
 
 
@@ -283,17 +313,6 @@ def test_no_child_slips_through_while_another_thread_opens_and_closes(tmp_path: 
                     append_event(conn)
                 counts.append(True)
 
-        def has_a_descriptor():
-            status = os.stat(path)
-            for descriptor in range(3, 100):
-                try:
-                    each = os.fstat(descriptor)
-                except OSError:
-                    continue
-                if (each.st_dev, each.st_ino) == (status.st_dev, status.st_ino):
-                    return True
-            return False
-
         with DB.open(path) as db:
             insert_run(db.conn)
         counts, ended, refusals = [], threading.Event(), 0
@@ -301,7 +320,7 @@ def test_no_child_slips_through_while_another_thread_opens_and_closes(tmp_path: 
         thread.start()
         for number in range({rounds(40, 5000)}):
             if not (child := fork()):
-                if has_a_descriptor():
+                if os.path.realpath(path) in open_files():
                     refused(lambda: DB.open(path), OpenError, "opened before a fork()")
                     os._exit(3)
                 os._exit(4)
@@ -312,8 +331,7 @@ def test_no_child_slips_through_while_another_thread_opens_and_closes(tmp_path: 
         join(thread)
         assert refusals > 0
         with DB.open(path) as db:
-            assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (len(counts),)
-            assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            check_whole(db, "events", len(counts))
         """,
         tmp_path,
         ways=ONLY_FORK,
@@ -332,9 +350,7 @@ def test_no_lock_of_the_parents_is_waited_for(tmp_path: Path) -> None:
             for lock in kept:
                 in_thread(lock.acquire)
             if not (child := fork()):
-                for use in (lambda: db.conn, db.transaction().__enter__, db.snapshot().__enter__):
-                    refused(use, sqlite3.ProgrammingError, "opened before a fork()")
-                refused(lambda: DB.open(path), OpenError, "opened before a fork()")
+                all_is_refused(db)
                 with DB.open(path + "-other") as other, other.transaction() as conn:
                     insert_run(conn)
                 db.close()
@@ -395,16 +411,14 @@ def test_forks_while_other_threads_use_the_db(tmp_path: Path) -> None:
                 sequences.append(sequence)
 
         sequences, ended = [], threading.Event()
-        with DB.open(path, timeout=LIMIT, on_connect=lambda conn: conn.execute("PRAGMA synchronous=OFF")) as db:
+        with DB.open(path, timeout=LIMIT, on_connect=no_sync) as db:
             insert_run(db.conn)
             threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
             for thread in threads:
                 thread.start()
             for _ in range({rounds(5, 2000)}):
                 if not (child := fork()):
-                    refused(lambda: db.conn, sqlite3.ProgrammingError, "opened before a fork()")
-                    refused(lambda: db.transaction().__enter__(), sqlite3.ProgrammingError, "opened before a fork()")
-                    refused(lambda: DB.open(path), OpenError, "opened before a fork()")
+                    all_is_refused(db)
                     gc.collect()
                     db.close()
                     os._exit(0)
@@ -412,36 +426,64 @@ def test_forks_while_other_threads_use_the_db(tmp_path: Path) -> None:
             ended.set()
             join(*threads)
             assert sorted(sequences) == list(range(1, len(sequences) + 1))
-            assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            check_whole(db, "events", len(sequences))
         """,
         tmp_path,
         ways=SOME_THREADS,
     )
 
 
+@pytest.mark.parametrize(
+    "use",
+    ["all_is_refused(db)", "DB.open(path + '-other').close()", "db.close()"],
+    ids=["is refused", "opens another file", "closes it"],
+)
+def test_a_hook_of_another_library_that_runs_first(use: str, tmp_path: Path) -> None:
+    """It was registered before `daemon_db` was imported, and uses the `DB` in the child."""
+    register = f"""
+import os
+
+def hook():
+    global is_done
+    signal.alarm(LIMIT)
+    {use}
+    is_done = True
+
+is_done = False
+os.register_at_fork(after_in_child=hook)
+"""
+    code = """
+path = sys.argv[1]
+with DB.open(path) as db:
+    insert_run(db.conn)
+    if not (child := os.fork()):
+        all_is_refused(db)
+        os._exit(not is_done)
+    check(child)
+    insert_run(db.conn, "run-2")
+    check_whole(db, "runs", 2)
+"""
+    run(register + PROLOGUE + code, tmp_path / "daemon.db")
+
+
 @pytest.mark.skipif(not something_is_forbidden(), reason="root can't become another user here")
 def test_a_fork_that_the_system_refuses_changes_nothing(tmp_path: Path) -> None:
-    run_forking(
-        """
-        import resource
-        with DB.open(path) as db:
-            insert_run(db.conn)
-            in_thread(lambda: db.conn)
-            if not (child := fork()):
-                with DB.open(path + "-child") as own:
-                    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-                    resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
-                    if os.geteuid() == 0:  # whom it doesn't limit
-                        os.setreuid(65534, 65534)
-                    try:
-                        os.fork()
-                    except BlockingIOError:
-                        insert_run(own.conn)
-                        own.conn.execute("SELECT 1").fetchone()
-                    else:
-                        os._exit(9)
-                leave(0)
-            check(child)
-        """,
-        tmp_path,
-    )
+    code = """
+import os, resource, sys
+from daemon_db import DB
+from support import insert_run
+
+with DB.open(sys.argv[1]) as db:
+    insert_run(db.conn)
+    _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
+    if os.geteuid() == 0:  # whom it doesn't limit
+        os.setreuid(65534, 65534)
+    try:
+        os.fork()
+    except BlockingIOError:
+        insert_run(db.conn, "run-2")
+    else:
+        os._exit(9)
+"""
+    run(code, tmp_path / "daemon.db")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from daemon_db import DB
-from support import LIMIT, in_thread, insert_run
+from support import LIMIT, in_thread, insert_run, runs
 
 
 @pytest.fixture
@@ -29,10 +29,6 @@ def first() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def runs(db: DB) -> set[str]:
-    return {run_id for (run_id,) in db.conn.execute("SELECT id FROM runs")}
-
-
 def write(db: DB, name: str) -> None:
     with db.transaction() as conn:
         insert_run(conn, name)
@@ -46,25 +42,17 @@ def check_that_all_can_write(db: DB, *threads: ThreadPoolExecutor) -> None:
             thread.submit(write, db, f"first-{number}").result(LIMIT)
 
 
-def check_that_all_must_wait(db: DB, *threads: ThreadPoolExecutor) -> None:
+def check_that_all_must_wait(db: DB) -> None:
     """For their turn, and they are told for whom."""
-    with ThreadPoolExecutor(1) as another:
-        for thread in (another, *threads):
-            with pytest.raises(sqlite3.OperationalError, match="database is locked") as caught:
-                thread.submit(write, db, "never").result(LIMIT)
-            assert ["another thread" in note and db._writer in note for note in caught.value.__notes__] == [True]
+    with pytest.raises(sqlite3.OperationalError, match="database is locked") as caught:
+        in_thread(lambda: write(db, "never"))
+    (note,) = caught.value.__notes__
+    assert "another thread" in note
+    assert db._writer in note
 
 
 def as_it_is(_: sqlite3.Connection) -> None:
     """The block's transaction is still open when it ends."""
-
-
-def commit(conn: sqlite3.Connection) -> None:
-    conn.commit()
-
-
-def roll_back(conn: sqlite3.Connection) -> None:
-    conn.rollback()
 
 
 # How the block is ended
@@ -119,7 +107,7 @@ WAYS = {end: sqlite3.ProgrammingError, fail: ZeroDivisionError, close: Generator
 
 
 @pytest.mark.parametrize("then", ["writes", "asks for its connection", "reads a snapshot", "ends"])
-@pytest.mark.parametrize("before", [as_it_is, commit, roll_back])
+@pytest.mark.parametrize("before", [as_it_is, sqlite3.Connection.commit, sqlite3.Connection.rollback])
 @pytest.mark.parametrize("way", WAYS)
 def test_it_is_an_error_there_and_the_turn_comes_back(
     way: Callable[..., None],
@@ -155,19 +143,26 @@ def test_it_is_an_error_there_and_the_turn_comes_back(
     else:
         first.submit(use).result(LIMIT)
         check_that_all_can_write(db, first)
-    assert ("left" in runs(db)) == (before is commit)
+    assert ("left" in runs(db)) == (before is sqlite3.Connection.commit)
     assert "never" not in runs(db)
 
 
+def close_connection(db: DB) -> None:
+    """The thread goes on with another one."""
+    db.conn.close()
+    assert not db.conn.in_transaction
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("then", ["uses the DB", "ends"])
+@pytest.mark.parametrize("then", ["uses the DB", "ends", "uses the DB, and ends"])
 def test_it_takes_no_turn_from_the_thread_in_which_it_ends(
     then: str, way: Callable[..., None], db: DB, first: ThreadPoolExecutor
 ) -> None:
     """By then the first one has given its own back, or has ended."""
     left = Left(db, first)
-    first.submit(close_connection, db).result(LIMIT)
-    if then == "ends":
+    if "uses" in then:
+        first.submit(close_connection, db).result(LIMIT)
+    if "ends" in then:
         first.shutdown()
     with db.transaction() as conn:
         insert_run(conn, "here")
@@ -176,12 +171,6 @@ def test_it_takes_no_turn_from_the_thread_in_which_it_ends(
         assert conn.in_transaction
     assert runs(db) == {"here"}
     check_that_all_can_write(db)
-
-
-def close_connection(db: DB) -> None:
-    """What comes next to an end: the thread goes on with another connection."""
-    db.conn.close()
-    assert not db.conn.in_transaction
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -6,11 +6,9 @@ SQLite would play that -wal over the backup. A backup is what `python -m daemon_
 import logging
 import os
 import shutil
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -27,53 +25,41 @@ from support import (
     no_sync,
     public_directory,
     run,
+    runs_in,
     something_is_forbidden,
     start,
     unprivileged,
 )
 
-OLD, NEW, NEWEST = 20, 400, 20
-"""How many runs: in the backup; in the file by then, too; and besides in its -wal alone."""
-
-
-def insert(conn: sqlite3.Connection, name: str, count: int) -> None:
-    for number in range(count):
-        insert_run(conn, f"{name}-{number}")
-
-
-def back_up(path: Path) -> None:
-    command = [sys.executable, "-m", "daemon_db", path, "--backup", f"{path}-backup"]
-    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=LIMIT)
+OLD = [f"old-{number}" for number in range(20)]
+"""The runs that are in the backup."""
+NEW = [f"new-{number}" for number in range(400)]
+"""Those that are in the file by then, too."""
+NEWEST = [f"newest-{number}" for number in range(20)]
+"""Those that are in the file's -wal alone."""
 
 
 def fill(db: DB) -> None:
     """A file with all its runs, and a backup of it as it was."""
-    insert(db.conn, "old", OLD)
-    back_up(Path(db.path))
-    insert(db.conn, "new", NEW)
+
+    def insert(names: list[str]) -> None:
+        for name in names:
+            insert_run(db.conn, name)
+
+    insert(OLD)
+    command = [sys.executable, "-m", "daemon_db", db.path, "--backup", f"{db.path}-backup"]
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=LIMIT)
+    insert(NEW)
     db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    insert(db.conn, "newest", NEWEST)
-
-
-IN_BACKUP = {f"old-{number}" for number in range(OLD)}
-IN_ALL = IN_BACKUP.union(
-    *({f"{name}-{number}" for number in range(count)} for name, count in {"new": NEW, "newest": NEWEST}.items())
-)
-
-
-def runs(path: Path) -> set[str]:
-    """For a stranger; and the file is in order."""
-    with closing(sqlite3.connect(path)) as conn:
-        assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        return {run_id for (run_id,) in conn.execute("SELECT id FROM runs NOT INDEXED")}
+    insert(NEWEST)
 
 
 def check_backup(path: Path) -> None:
     """It is whole, and can be worked with."""
-    assert runs(path) == IN_BACKUP
+    assert runs_in(path) == {*OLD}
     with DB.open(path) as db, db.transaction() as conn:
         insert_run(conn, "run-1")
-    assert runs(path) == IN_BACKUP | {"run-1"}
+    assert runs_in(path) == {*OLD, "run-1"}
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -85,9 +71,8 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def the_one_aside(path: Path, caplog: pytest.LogCaptureFixture) -> Path:
     """The -wal that was renamed, of which one warning tells."""
     (wal,) = path.parent.glob(f"{path.name}-[0-9]*-wal")
-    assert [
-        str(path) in each and str(wal) in each and "belongs to the old one" in each for each in warnings(caplog)
-    ] == [True]
+    (warning,) = warnings(caplog)
+    assert str(path) in warning and str(wal) in warning and "belongs to the old one" in warning
     return wal
 
 
@@ -188,7 +173,7 @@ def test_while_the_daemon_has_the_file_open(
         Path(f"{path}-old").rename(path)
         put_back(wal, path)
         DB.open(path).close()
-        assert runs(path) >= IN_ALL
+        assert runs_in(path) >= {*OLD, *NEW, *NEWEST}
         assert warnings(caplog) == []
 
 
@@ -203,7 +188,7 @@ def test_the_second_process_that_closes_finds_nothing_to_rename(
             "with DB.open(sys.argv[1]):\n    print('ready', flush=True)\n    sys.stdin.readline()",
             path,
         )
-        assert second.stdout and second.stdout.readline() == "ready\n"
+        assert second.stdout.readline() == "ready\n"
         cp(path)
     the_one_aside(path, caplog)
     assert end(second) == ("", "")
@@ -214,29 +199,15 @@ def test_the_second_process_that_closes_finds_nothing_to_rename(
 # After a kill
 
 
-DAEMON = """
-import sys
-from pathlib import Path
-from daemon_db import DB
-from test_replaced_beside_wal import fill
-
-db = DB.open(sys.argv[1])
-fill(db)
-print("ready", flush=True)
-sys.stdin.readline()
-"""
-
-
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a daemon that was killed, with a backup."""
-    directory = tmp_path_factory.mktemp("killed")
-    daemon = start(DAEMON, directory / "daemon.db")
-    assert daemon.stdout and daemon.stdout.readline() == "ready\n"
-    daemon.kill()
-    end(daemon)
-    assert {"", "-wal", "-shm"} == bytes_of(directory / "daemon.db").keys()
-    return directory
+    live, killed = tmp_path_factory.mktemp("live"), tmp_path_factory.mktemp("killed")
+    with DB.open(live / "daemon.db", on_connect=no_sync) as db:
+        fill(db)
+        shutil.copytree(live, killed, dirs_exist_ok=True)
+    assert {"", "-wal", "-shm"} == bytes_of(killed / "daemon.db").keys()
+    return killed
 
 
 @pytest.fixture
@@ -245,14 +216,19 @@ def killed(template: Path, tmp_path: Path) -> Path:
     return shutil.copytree(template, tmp_path / "killed") / "daemon.db"
 
 
+@pytest.mark.parametrize("earlier", ["nobody", "a reader"])
 @pytest.mark.parametrize("put", PUTS)
 def test_beside_the_wal_of_a_killed_daemon(
-    put: Callable[[Path], None], killed: Path, caplog: pytest.LogCaptureFixture
+    put: Callable[[Path], None], earlier: str, killed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A reader that was closed earlier has left its lock where it was: that is no reason not to look."""
     before = bytes_of(killed)
+    if earlier == "a reader":
+        reader = DB.open(killed, read_only=True)  # in a variable, and so is what it knows of the file
+        reader.close()
     put(killed)
     with DB.open(killed) as db:
-        assert {run_id for (run_id,) in db.conn.execute("SELECT id FROM runs NOT INDEXED")} == IN_BACKUP
+        assert {run_id for (run_id,) in db.conn.execute("SELECT id FROM runs NOT INDEXED")} == {*OLD}
     wal = the_one_aside(killed, caplog)
     assert wal.read_bytes() == before["-wal"]
     check_backup(killed)
@@ -261,7 +237,7 @@ def test_beside_the_wal_of_a_killed_daemon(
     killed.write_bytes(before[""])
     put_back(wal, killed)
     DB.open(killed).close()
-    assert runs(killed) == IN_ALL
+    assert runs_in(killed) == {*OLD, *NEW, *NEWEST}
     assert warnings(caplog) == []
 
 
@@ -282,7 +258,7 @@ def test_the_last_close_of_a_reader_renames_nothing(
     put: Callable[[Path], None], killed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with DB.open(killed, read_only=True) as db:
-        assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (len(IN_ALL),)
+        assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (len(OLD + NEW + NEWEST),)
         put(killed)
         before = files_in(killed.parent)
         with pytest.raises(OpenError, match="removed, replaced"):
@@ -306,7 +282,7 @@ def test_a_killed_daemons_file_that_was_replaced_by_its_own_copy_has_its_newest_
     """Its header says WAL mode, as the old one's did: the -wal is its own."""
     replace_by_its_own_copy(killed)
     DB.open(killed).close()
-    assert runs(killed) == IN_ALL
+    assert runs_in(killed) == {*OLD, *NEW, *NEWEST}
     assert warnings(caplog) == []
     assert not list(killed.parent.glob("*-wal"))
 
@@ -319,22 +295,10 @@ def test_a_live_file_that_was_replaced_by_its_own_copy_has_its_newest_commits_in
         with pytest.raises(OpenError, match="removed, replaced"):
             read_a_snapshot(db)
     wal = the_one_aside(killed, caplog)
-    assert runs(killed) == {run_id for run_id in IN_ALL if not run_id.startswith("newest")}
+    assert runs_in(killed) == {*OLD, *NEW}
     put_back(wal, killed)
     DB.open(killed).close()
-    assert runs(killed) == IN_ALL
-
-
-@pytest.mark.parametrize("put", PUTS)
-def test_a_reader_that_was_closed_before_is_no_reason_not_to_look(put: Callable[[Path], None], killed: Path) -> None:
-    """It has left its lock where it was, so that SQLite left the -wal there."""
-    reader = DB.open(killed, read_only=True)
-    reader.close()
-    put(killed)
-    with DB.open(killed) as db:
-        assert {run_id for (run_id,) in db.conn.execute("SELECT id FROM runs NOT INDEXED")} == IN_BACKUP
-    assert repr(reader).endswith("closed>")
-    check_backup(killed)
+    assert runs_in(killed) == {*OLD, *NEW, *NEWEST}
 
 
 def test_an_empty_wal_beside_a_backup_is_nobodys(killed: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -347,38 +311,29 @@ def test_an_empty_wal_beside_a_backup_is_nobodys(killed: Path, caplog: pytest.Lo
 # A rename that fails
 
 
-PROLOGUE = """
-import logging, os, sqlite3, sys
+FAIL_TO_RENAME = """
+import logging, os, sys
 from daemon_db import DB, OpenError
 
 def content(suffix):
     with open(path + suffix, "rb") as file:
         return file.read()
 
-path = sys.argv[1]
+path, put, moment = sys.argv[1:]
 directory = os.path.dirname(path)
 logging.getLogger("daemon_db").addHandler(logging.StreamHandler(sys.stdout))
-"""
-
-AT_THE_CLOSE = """
-db = DB.open(path)
-{put}
+if moment == "close":
+    db = DB.open(path)
+exec(put)
 before = content(""), content("-wal")
 os.chmod(directory, 0o555)
-db.close()
-"""
-
-AT_THE_OPEN = """
-{put}
-before = content(""), content("-wal")
-os.chmod(directory, 0o555)
-try:
-    DB.open(path)
-except OpenError as error:
-    print(error)
-"""
-
-EPILOGUE = """
+if moment == "close":
+    db.close()
+else:
+    try:
+        DB.open(path)
+    except OpenError as error:
+        print(error)
 assert (content(""), content("-wal")) == before
 os.chmod(directory, 0o755)
 DB.open(path).close()
@@ -387,14 +342,14 @@ DB.open(path).close()
 
 @pytest.mark.skipif(not something_is_forbidden(), reason="root can't become another user here")
 @pytest.mark.parametrize("put", ["os.replace(path + '-backup', path)", IN_PLACE], ids=["moved", "copied"])
-@pytest.mark.parametrize("moment", [AT_THE_CLOSE, AT_THE_OPEN], ids=["a warning at the close", "an error at the open"])
+@pytest.mark.parametrize("moment", ["close", "open"], ids=["a warning at the close", "an error at the open"])
 def test_a_rename_that_fails(moment: str, put: str, template: Path) -> None:
     with public_directory() as public:
         directory = shutil.copytree(template, public / "daemon")
         for each in (directory, *directory.iterdir()):
             shutil.chown(each, 65534, 65534)
         with unprivileged() as run_there:
-            said = run_there(PROLOGUE + moment.format(put=put) + EPILOGUE, directory / "daemon.db")
+            said = run_there(FAIL_TO_RENAME, directory / "daemon.db", put, moment)
         first, then = said.splitlines()
         assert "can't rename" in first and "belongs to the old one" in then
         assert len(list(directory.glob("daemon.db-*-wal"))) == 1
