@@ -1,7 +1,4 @@
-"""Files that are damaged or no database at all: an error or a working database, and what isn't ours stays as it is.
-
-`DAEMON_DB_LONG=1` in the environment makes it go on for longer (see `support`).
-"""
+"""Files that are damaged or no database at all: an error or a working database, and what isn't ours stays as it is."""
 
 import faulthandler
 import multiprocessing
@@ -58,9 +55,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
-    """A database that was closed, its schema in other spaces, so that each opening compares all its parts, and one of a
-    killed process, with events 41 to 80 in its WAL, a commit each.
-    """
+    """One that was closed, its schema in other spaces. One of a killed process: events 41 to 80 are in its WAL."""
     directory = tmp_path_factory.mktemp("good")
     child = start(MAKE, directory)
     assert (*end(child), child.returncode) == ("", "", -signal.SIGKILL)
@@ -289,26 +284,6 @@ def test_a_damaged_catalogue(rollback: bytes, tmp_path: Path, name: str, column:
         if expected != "refused":  # that one is found out when the table is created, in WAL mode
             assert contents(path) == before
     assert not [file for file in open_files() if file.startswith(str(path))]
-
-
-def test_a_backup_is_restored_as_the_readme_says(tmp_path: Path, good: dict[str, Files]) -> None:
-    """What is left of the damaged file's WAL would be played back over the backup."""
-    path = write(tmp_path / "daemon.db", good["killed"] | {"": good["killed"][""][:PAGE] + bytes(4 * PAGE)})
-    wal = Path(f"{path}-wal")
-    wal.write_bytes(good["killed"]["-wal"][: 32 + 2 * (24 + PAGE)])
-    with DB.open(tmp_path / "other.db") as other:
-        use(other)
-        other.conn.execute("VACUUM INTO ?", (str(tmp_path / "backup"),))
-    with pytest.raises(OpenError) as caught:
-        DB.open(path)
-    assert caught.value.sqlite_errorcode == sqlite3.SQLITE_CORRUPT
-    path.unlink()
-    wal.unlink()
-    Path(f"{path}-shm").unlink(missing_ok=True)
-    shutil.copyfile(tmp_path / "backup", path)
-    with DB.open(path) as db:
-        assert db.conn.execute("SELECT id FROM runs").fetchall() == [("run-new",)]
-        assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
 # Damaged at random

@@ -14,8 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -49,7 +50,7 @@ from test_no_space import can_mount_all, update_without_room
 needs_another_user = pytest.mark.skipif(not something_is_forbidden(), reason="root can't become another user here")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Linux's")
 
-Situation = Callable[[Path, pytest.MonkeyPatch], str | None]
+Situation = Callable[[Path], str | None]
 TABLE: dict[str, tuple[str, Situation]] = {}
 ROWS = []
 
@@ -125,51 +126,54 @@ def begin(db: DB) -> None:
         raise AssertionError
 
 
-def say_it_is_on_nfs(path: Path, patch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def on_nfs(path: Path) -> Iterator[None]:
     """By a list of mounts of its own."""
-    path.with_name("mounts").write_text("22 1 0:40 / / rw - nfs4 server:/ rw\n", encoding="ascii")
-    patch.setattr(_mount, "_LIST", str(path.with_name("mounts")))
+    mounts = path.with_name("mounts")
+    mounts.write_text("22 1 0:40 / / rw - nfs4 server:/ rw\n", encoding="ascii")
+    with patch.object(_mount, "_LIST", str(mounts)), patch.object(_opening, "_known_devices", set()):
+        yield
 
 
 # The path
 
 
 @says("NOT_THERE", "DIR/db: it does not exist")
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     DB.open(path, create=False)
 
 
 @says("EMPTY", "DIR/db: it is empty: no database yet")
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     path.touch()
     DB.open(path, create=False)
 
 
 @says("NOT_REGULAR", "DIR/db: not a regular file")
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     os.mkfifo(path)
     DB.open(path)
 
 
 @says("DIRECTORY", "DIR/db: it is a directory")
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     path.mkdir()
     DB.open(path)
 
 
 @says("NO_PARENT", f"DIR/no/db: parent directory DIR/no: {os.strerror(errno.ENOENT)}")
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     DB.open(path.parent / "no" / "db")
 
 
 @says("NO_WORKING_DIRECTORY", f"db: the working directory: {os.strerror(errno.ENOENT)}")
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     path.mkdir()
     return said_by("os.rmdir(os.getcwd())\nDB.open('db')", path, cwd=path)
 
 
 @says("BELONGS_TO", "DIR/db-wal: it belongs to DIR/db: open that one")
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_killed(path)
     DB.open(f"{path}-wal")
 
@@ -179,7 +183,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "DIR/db: permission denied, or a read-only file system: this user can't write DIR/db",
     needs_another_user,
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     return said_to_another_user("DB.open(path)", make_wal, 0o444, 0o755)
 
 
@@ -188,7 +192,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> str:
     f"DIR/db: {os.strerror(errno.EACCES)}: this user may not look at it any more. Give the right back",
     needs_another_user,
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     code = """
 directory = os.path.join(os.path.dirname(path), "closed")
 os.mkdir(directory)
@@ -209,7 +213,7 @@ with DB.open(os.path.join(directory, "db")) as db:
     'commits, would be lost. Keep the container as it is: see "Mounted alone" in the README',
     can_mount,
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     make_wal(path.with_name("host.db"))
     path.touch()
     return first_line("mount --bind host.db db\ndaemon_db db", path)
@@ -220,10 +224,9 @@ def _(path: Path, _: pytest.MonkeyPatch) -> str:
     "DIR/db is on nfs4, which machines may share. Let one machine's programs only have it open "
     "(https://sqlite.org/wal.html)",
 )
-def _(path: Path, patch: pytest.MonkeyPatch) -> None:
-    say_it_is_on_nfs(path, patch)
-    patch.setattr(_opening, "_known_devices", set())
-    DB.open(path).close()
+def _(path: Path) -> None:
+    with on_nfs(path):
+        DB.open(path).close()
 
 
 # Removed, replaced
@@ -234,7 +237,7 @@ def _(path: Path, patch: pytest.MonkeyPatch) -> None:
     "DIR/db: the file that this process has open was removed, replaced or emptied. Stop, start and change nothing yet: "
     'first see "Removed or replaced" in the README',
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     with DB.open(path) as db:
         path.unlink()
         begin(db)
@@ -245,7 +248,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "DIR/db: the file that this DB reads was removed, replaced or emptied. Nothing was written: close the DB, and open "
     "it again",
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_wal(path)
     with DB.open(path, read_only=True) as db:
         path.unlink()
@@ -258,7 +261,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "DIR/db: its -wal or -shm was removed or replaced: the newest commits may be lost. End every program that has it "
     'open, without kill -9, and start none: see "The WAL was lost" in the README',
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     with DB.open(path) as db:
         Path(f"{path}-wal").unlink()
         begin(db)
@@ -269,7 +272,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "DIR/two: this process has it open as DIR/db, and each name has a -wal of its own: commits get lost. Open it by "
     "that name",
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     with DB.open(path):
         os.link(path, path.with_name("two"))
         DB.open(path.with_name("two"))
@@ -280,7 +283,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "DIR/db: the file is gone or empty, but its -wal was there, maybe with the newest commits. A new database begins, "
     'and the old -wal is now DIR/db-N-wal: see "Removed or replaced" in the README',
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_killed(path)
     path.unlink()
     DB.open(path).close()
@@ -291,7 +294,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "DIR/db: the file is gone or empty, but its -wal is there, maybe with the newest commits. Remove nothing: see "
     '"Removed or replaced" in the README',
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_killed(path)
     path.unlink()
     DB.open(path, create=False)
@@ -303,7 +306,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     '-wal is now DIR/db-N-wal: see "Removed or replaced" in the README',
     linux_only,
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_killed(path)
     make_rollback(path.with_name("backup"))
     path.with_name("backup").rename(path)
@@ -316,7 +319,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     '"Removed or replaced" in the README',
     linux_only,
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_killed(path)
     make_rollback(path.with_name("backup"))
     path.with_name("backup").rename(path)
@@ -329,7 +332,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     '"Removed or replaced" in the README',
     needs_another_user,
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     def make(path: Path) -> None:
         make_killed(path)
         path.write_bytes(b"")
@@ -346,7 +349,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> str:
     "AppArmor, chattr or a sandbox forbids to write it, its -wal or its -shm",
     linux_only,
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     code = """
 DB.open(":memory:").close()
 import resource
@@ -363,7 +366,7 @@ DB.open(path)
     "DIR/db: a killed process left a rollback journal, to be played back first: open it once without read_only "
     "(or --check)",
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_hot(path)
     DB.open(path, read_only=True)
 
@@ -374,7 +377,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "no free file descriptor). Look at a copy of the file and its -wal, or look as its owner",
     needs_another_user,
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     return said_to_another_user("DB.open(path, read_only=True)", make_wal, 0o444, 0o555)
 
 
@@ -388,7 +391,7 @@ daemon_db full/db
 
 
 @says("NO_SPACE", "DIR/full/db: no space left in DIR/full: make some, and open it again", can_mount)
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     make_wal(path)
     return first_line(FULL.format("size=400k", "cat /dev/zero >full/fill || true"), path)
 
@@ -398,7 +401,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> str:
     "DIR/full/db: no inode left in DIR/full (see df -i): remove files there, and open it again",
     can_mount,
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     make_wal(path)
     return first_line(FULL.format("nr_inodes=4", "touch full/1 full/2 full/3 || true"), path)
 
@@ -409,7 +412,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> str:
     "is full. Set SQLITE_TMPDIR to one with more space than the file has",
     can_mount,
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     return update_without_room(path.parent, "full")
 
 
@@ -418,7 +421,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> str:
     "DIR/writable/db: no directory for temporary files that can be written: set SQLITE_TMPDIR to one",
     *can_mount_all,
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     return update_without_room(path.parent, "missing")
 
 
@@ -427,12 +430,12 @@ def _(path: Path, _: pytest.MonkeyPatch) -> str:
     "DIR/db: disk I/O error (SQLITE_IOERR_WRITE): a failing disk, a network file system, ulimit -f, or a removed "
     "-wal. Look at the logs first",
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     return said_by(f"{LIMIT_FILES}DB.open(path)", path)
 
 
 @says("NO_WAL_MODE", "DIR/db: WAL mode is not available here: journal_mode stayed 'delete'")
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     """Where SQLite locks by files, on a file system without locks. Its own library makes it do so from now on."""
     return said_by(
         """
@@ -448,7 +451,7 @@ DB.open(path)
 
 
 @says("NO_FOREIGN_KEYS", "DIR/db: this SQLite was built without foreign keys")
-def _(path: Path, patch: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     """There is none here: one that ignores the pragma stands in."""
     connect = _connection.Connection.__init__
 
@@ -456,8 +459,8 @@ def _(path: Path, patch: pytest.MonkeyPatch) -> None:
         connect(conn, state)
         conn.set_authorizer(lambda _, what, *__: sqlite3.SQLITE_IGNORE if what == "foreign_keys" else sqlite3.SQLITE_OK)
 
-    patch.setattr(_connection.Connection, "__init__", without_foreign_keys)
-    DB.open(path)
+    with patch.object(_connection.Connection, "__init__", without_foreign_keys):
+        DB.open(path)
 
 
 @says(
@@ -466,7 +469,7 @@ def _(path: Path, patch: pytest.MonkeyPatch) -> None:
     'program that has it open: see "No shared memory" in the README',
     can_bindfs,
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     mount = "mkdir real mount\nbindfs --direct-io real mount 2>no || bindfs -o direct_io real mount"
     return first_line(f"{mount}\ndaemon_db mount/db\numount mount", path)
 
@@ -476,7 +479,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> str:
     "DIR/db: no space left for its -shm (disk, quota, ulimit -f): make some. Or this file system has no memory that "
     'processes share (SQLITE_IOERR_SHMOPEN): see "No shared memory" in the README',
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     make_wal(path)
     return said_by(f"{LIMIT_FILES}DB.open(path)", path)
 
@@ -486,7 +489,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> str:
     "DIR/db: unable to open database file, its -wal or its -shm: each must be a plain file, on a local disk with free "
     "space, its path at most 504 bytes, and the process needs free file descriptors",
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_wal(path)
     Path(f"{path}-wal").mkdir()
     DB.open(path)
@@ -496,7 +499,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "NOT_A_DATABASE",
     'DIR/db: not a SQLite database (if it was one, see "Damage" in the README before you do anything)',
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     path.write_bytes(b"some notes\n")
     DB.open(path)
 
@@ -506,7 +509,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "DIR/db: damaged (database disk image is malformed). Stop every program that has it open, and remove nothing: see "
     '"Damage" in the README',
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_rollback(path)
     path.write_bytes(path.read_bytes()[:100] + b"\xff" * 50_000)
     DB.open(path)
@@ -517,7 +520,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     f"DIR/db: SQLite {sqlite3.sqlite_version} doesn't understand the definition of quota: a newer SQLite has probably "
     'written it. Open it with that one; remove nothing: see "Schema does not fit" in the README',
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_rollback(path, script=_schema.SQL + "CREATE TABLE quota (n);")
     with closing(sqlite3.connect(path, isolation_level=None)) as conn:
         conn.execute("PRAGMA writable_schema=ON")
@@ -530,10 +533,9 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     'DIR/db: locked for more than 0.0 s: another program, or thread, writes that long. See "Locked" in the README. Or '
     "nfs4, which machines may share, has no locks",
 )
-def _(path: Path, patch: pytest.MonkeyPatch) -> None:
-    say_it_is_on_nfs(path, patch)
+def _(path: Path) -> None:
     make_rollback(path)
-    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
+    with closing(sqlite3.connect(path, isolation_level=None)) as conn, on_nfs(path):
         conn.execute("BEGIN EXCLUSIVE")
         DB.open(path, timeout=0)
 
@@ -548,7 +550,7 @@ def _(path: Path, patch: pytest.MonkeyPatch) -> None:
     "runs.failure: extra column, where another is missing. If it was renamed, rename it back. Don't drop it: its rows "
     "would be lost",
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     use_schema(FIRST)
     make_rollback(path, script=f"{FIRST} ALTER TABLE runs RENAME COLUMN error TO failure")
     DB.open(path)
@@ -559,7 +561,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "DIR/db: once: missing index, and it can't be added: UNIQUE constraint failed: runs.status; its tables and rows "
     "are as they were",
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_wal(path, runs=2)
     use_schema(f"{_schema.SQL} CREATE UNIQUE INDEX once ON runs (status);")
     DB.open(path)
@@ -570,29 +572,23 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "DIR/db: units: no REFERENCES units(id) ON UPDATE NO ACTION ON DELETE NO ACTION for parent, and it can't be added: "
     "ALTER TABLE adds columns, and no constraints of a table; its tables and rows are as they were",
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_rollback(path, script=FIRST)
     end = "    UNIQUE(run_id, unit_id)\n"
     use_schema(FIRST.replace(end, f"    parent TEXT,\n    FOREIGN KEY(parent) REFERENCES units(id),\n{end}"))
     DB.open(path)
 
 
-@says(
-    "ANOTHER_PROGRAMS",
-    "no table runs, units, events, but notes: the database of another program",
-)
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+@says("ANOTHER_PROGRAMS", "no table runs, units, events, but notes: the database of another program")
+def _(path: Path) -> str:
     use_schema(FIRST)
     with closing(sqlite3.connect(path)) as conn:
         conn.execute("CREATE TABLE notes (x)")
     return problem(path)
 
 
-@says(
-    "LACKS",
-    "idx_units_status: missing index: an open without read_only adds it",
-)
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+@says("LACKS", "idx_units_status: missing index: an open without read_only adds it")
+def _(path: Path) -> str:
     use_schema(FIRST)
     make_rollback(path, script=f"{FIRST} DROP INDEX idx_units_status")
     return problem(path, read_only=True)
@@ -606,7 +602,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> str:
     "DIR/db: the transaction ended inside the block (executescript() and `with conn:` commit; an error may roll back). "
     "Look which rows are there before you repeat it",
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     with DB.open(path) as db, db.transaction() as conn:
         conn.commit()
 
@@ -617,7 +613,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "and so dropped SQLite's lock. The transaction was rolled back: repeat it",
     linux_only,
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     with DB.open(path) as db, db.transaction():
         Path(f"{path}-shm").read_bytes()
         time.sleep(0.01)  # longer than the blocks for which nothing is asked
@@ -628,7 +624,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "DIR/db: this transaction() began in thread MainThread (N) and ended in first (N), which can't end it. A "
     'dependency with `yield` (FastAPI) does that: see "Locked" in the README',
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     with DB.open(path) as db:
         transaction = db.transaction()
         transaction.__enter__()
@@ -645,7 +641,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "DIR/db: opened before a fork(), and SQLite's locks don't work in the child. Close it in the parent before the "
     "fork, or start the process by spawn (forkserver: don't preload what opens it)",
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     code = """
 db = DB.open(path)
 child = os.fork()
@@ -667,7 +663,7 @@ else:
     "DIR/db: waited 0.0 s for the transaction() of another thread: MainThread (N). It may itself wait for another "
     'program: see "Locked" in the README',
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     with DB.open(path, timeout=0) as db, db.transaction():
         in_thread(lambda: begin(db))
 
@@ -677,7 +673,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "DIR/db: waited N s for another connection that writes, another process's or another thread's: "
     'see "Locked" in the README',
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     with DB.open(path, timeout=0) as db, closing(sqlite3.connect(path, isolation_level=None)) as conn:
         conn.execute("BEGIN IMMEDIATE")
         begin(db)
@@ -688,7 +684,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "DIR/db: this thread has a SELECT that is half read, so SQLite didn't wait (or the busy timeout is shorter): "
     'fetchall() first. See "Locked" in the README',
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_wal(path, runs=2)
     with DB.open(path) as db:
         rows = db.conn.execute("SELECT * FROM runs")
@@ -703,7 +699,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     ":memory:: another thread reads, and in memory a writer waits for readers",
     pytest.mark.skipif(sqlite3.sqlite_version_info < (3, 36), reason="there a :memory: database is one thread's"),
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     with DB.open(":memory:", timeout=0) as db:
         insert_run(db.conn)
         reads, is_done = threading.Event(), threading.Event()
@@ -725,30 +721,26 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
 
 
 @says("OPENED_READ_ONLY", "DIR/db: this DB was opened with read_only=True")
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_wal(path)
     with DB.open(path, read_only=True) as db:
         begin(db)
 
 
 @says("IN_SNAPSHOT", "DIR/db: in a snapshot(), its connection only reads")
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     with DB.open(path) as db, db.snapshot() as conn:
         conn.execute("DELETE FROM runs")
 
 
-@says(
-    "ONE_THREAD_ONLY",
-    f"SQLite {sqlite3.sqlite_version} has a :memory: database for one thread only; 3.36 shares it",
-)
-def _(path: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sqlite3, "sqlite_version_info", (3, 35, 5))
-    with DB.open(":memory:") as db:
+@says("ONE_THREAD_ONLY", f"SQLite {sqlite3.sqlite_version} has a :memory: database for one thread only; 3.36 shares it")
+def _(path: Path) -> None:
+    with patch.object(sqlite3, "sqlite_version_info", (3, 35, 5)), DB.open(":memory:") as db:
         in_thread(lambda: db.conn)
 
 
 @says("ROLLBACK_FAILED", "DIR/db: ROLLBACK failed, too: Cannot operate on a closed database.")
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     with DB.open(path) as db, db.transaction() as conn:
         conn.close()
         raise sqlite3.IntegrityError
@@ -758,12 +750,12 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
 
 
 @says("NOT_A_FILE", "DEST must be a file, not 'DIR'")
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     return backed_up(path, path.parent)
 
 
 @says("ITSELF", "DIR/db: it is the database itself, or belongs to it: take another name for DEST")
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     return backed_up(path, path)
 
 
@@ -771,13 +763,13 @@ def _(path: Path, _: pytest.MonkeyPatch) -> str:
     "WOULD_BE_PLAYED_BACK",
     "DIR/copy: DIR/copy-wal lies beside it, and would be played over the copy. Take another name for DEST",
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     path.with_name("copy-wal").touch()
     return backed_up(path, path.with_name("copy"))
 
 
 @says("COPY_FAILED", "DIR/copy: the copy of DIR/db failed: disk I/O error")
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     make_wal(path)
     limit = (resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))  # more than a -shm has, and less than the copy
     done = in_a_process("--backup", path.with_name("copy"), path, preexec_fn=lambda: resource.setrlimit(*limit))
@@ -789,7 +781,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> str:
     "DIR/db failed the check: events row 1 refers to a row of runs that isn't there: rows refer to rows that aren't "
     "there: copy those from a backup. Delete nothing before you know what was lost",
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> str:
+def _(path: Path) -> str:
     make_orphans(path, 1)
     return command("--check", path).stderr.removeprefix("daemon_db: ")
 
@@ -802,7 +794,7 @@ def _(path: Path, _: pytest.MonkeyPatch) -> str:
     "DIR/db: the WAL has N MB and can't be emptied: a reader is in the way, here or in another process: a SELECT half "
     "read, a transaction left open, or a program that always reads, such as Litestream",
 )
-def _(path: Path, _: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     with DB.open(path) as db, closing(sqlite3.connect(path, isolation_level=None)) as reader:
         insert_run(db.conn)
         reader.execute("BEGIN")
@@ -817,10 +809,10 @@ def _(path: Path, _: pytest.MonkeyPatch) -> None:
     "DIR/db: there is no lock of an open file description (this system has none): see to it that nothing in this "
     "process but SQLite opens and closes the file",
 )
-def _(path: Path, patch: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     make_rollback(path)
-    patch.setattr(_guard, "_SETLK", None)
-    DB.open(path).close()
+    with patch.object(_guard, "_SETLK", None):
+        DB.open(path).close()
 
 
 @says(
@@ -829,15 +821,15 @@ def _(path: Path, patch: pytest.MonkeyPatch) -> None:
     "next close",
     linux_only,
 )
-def _(path: Path, patch: pytest.MonkeyPatch) -> None:
+def _(path: Path) -> None:
     """A kernel that has no more locks is none that a test can have: `lockf` says so in its place."""
 
     def lockf(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     db = DB.open(path)
-    patch.setattr(_guard.fcntl, "lockf", lockf)
-    db.close()
+    with patch.object(_guard.fcntl, "lockf", lockf):
+        db.close()
 
 
 @pytest.fixture
@@ -849,13 +841,11 @@ def schema_put_back() -> Iterator[None]:
 
 @pytest.mark.parametrize("names", ROWS)
 @pytest.mark.usefixtures("schema_put_back")
-def test_the_words(
-    names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_words(names: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     words, situation = TABLE[names]
     caplog.set_level("INFO", "daemon_db")
     try:
-        said = situation(tmp_path / "db", monkeypatch) or max(caplog.records, key=lambda r: r.levelno).getMessage()
+        said = situation(tmp_path / "db") or max(caplog.records, key=lambda r: r.levelno).getMessage()
     except sqlite3.Error as error:
         said = (getattr(error, "__notes__", None) or [str(error)])[-1]
     said = said.strip().replace(str(tmp_path), "DIR")
@@ -874,21 +864,20 @@ def test_each_sentence_is_in_the_table() -> None:
     assert constants == set(" ".join(TABLE).split()), "put it into the table, with what raises it"
 
 
-@pytest.mark.parametrize("names", TABLE)
-def test_each_is_short(names: str) -> None:
+def test_each_is_short() -> None:
     """But for paths, and for what SQLite says."""
-    for line in TABLE[names][0].splitlines():
-        line = re.sub(r"DIR[/\w-]*(: )?|database or disk is full|UNIQUE constraint failed: runs.status", "", line)
-        assert len(line) <= 200
+    for words, _ in TABLE.values():
+        for line in words.splitlines():
+            line = re.sub(r"DIR[/\w-]*(: )?|database or disk is full|UNIQUE constraint failed: runs.status", "", line)
+            assert len(line) <= 200, line
 
 
-HEADINGS = {heading for words, _ in TABLE.values() for heading in re.findall('[Ss]ee "([^"]+)" in', words)}
-
-
-@pytest.mark.parametrize("heading", sorted(HEADINGS))
-def test_each_heading_is_in_the_readme(heading: str) -> None:
+def test_each_heading_is_in_the_readme() -> None:
     readme = Path(__file__).parent.with_name("README.md").read_text(encoding="utf-8")
-    assert re.search(f"^##+ {re.escape(heading)}$", readme, re.MULTILINE)
+    headings = re.findall("^##+ (.+)$", readme, re.MULTILINE)
+    for words, _ in TABLE.values():
+        for heading in re.findall('[Ss]ee "([^"]+)" in', words):
+            assert heading in headings
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -911,19 +900,16 @@ def test_both_errors_survive_pickling(tmp_path: Path, protocol: int) -> None:
             assert getattr(copy, name) == getattr(error, name)
 
 
-def from_the_future(path: Path) -> None:
+@pytest.mark.parametrize("read_only", [False, True])
+def test_for_the_rest_sqlites_own_words(read_only: bool, tmp_path: Path) -> None:
+    path = tmp_path / "db"
     make_wal(path)
     with open(path, "r+b") as file:
         file.seek(44)  # the schema's format: 4 is the last that there is (https://sqlite.org/fileformat2.html)
         file.write((5).to_bytes(4))
-
-
-@pytest.mark.parametrize("read_only", [False, True])
-def test_for_the_rest_sqlites_own_words(read_only: bool, tmp_path: Path) -> None:
-    from_the_future(tmp_path / "db")
     before = files_in(tmp_path)
     with pytest.raises(OpenError) as caught:
-        DB.open(tmp_path / "db", read_only=read_only)
+        DB.open(path, read_only=read_only)
     assert (caught.value.reason, caught.value.sqlite_errorname) == ("unsupported file format", "SQLITE_ERROR")
     assert files_in(tmp_path) == before
 

@@ -1,14 +1,11 @@
-"""One file and many processes: opened at once, written at once, killed at any moment, locked by another.
-
-`DAEMON_DB_LONG=1` in the environment makes it go on for longer (see `support`).
-"""
+"""One file and many processes: opened at once, written at once, killed at any moment, locked by another."""
 
 import itertools
-import json
 import math
 import os
 import signal
 import sqlite3
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -22,6 +19,7 @@ from daemon_db import DB, OpenError, _schema
 from daemon_db._connection import Connection, State
 from support import (
     LIMIT,
+    ask,
     began_and_done,
     bytes_of,
     copy,
@@ -65,14 +63,6 @@ with closing(sqlite3.connect(":memory:")) as _conn:
     ALL = count_objects(_conn)
 FRESH = ("wal", ALL, 0)
 KEPT = ("wal", ALL, 3)
-
-
-def is_whole(path: Path) -> tuple[str, int, int]:
-    """Open it, which must work, as what it is must; its state."""
-    with DB.open(path, timeout=LIMIT, on_connect=no_sync) as db:
-        assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert db.conn.execute("PRAGMA foreign_key_check").fetchall() == []
-        return state(db.conn)
 
 
 def comes(path: Path) -> Generator[None, None, None]:
@@ -129,12 +119,12 @@ class Moments:
 
 OPEN_EACH = """
 from daemon_db import DB
-from support import count_objects, spare, no_sync
+from support import LIMIT, count_objects, no_sync, spare
 
 for path in sys.argv[2:]:
     wait()
     try:
-        with DB.open(path, timeout=600, on_connect=no_sync) as db:
+        with DB.open(path, timeout=LIMIT, on_connect=no_sync) as db:
             (mode,) = db.conn.execute("PRAGMA journal_mode").fetchone()
             (runs,) = db.conn.execute(f"SELECT count(*) FROM runs WHERE {spare('runs')} IS NULL").fetchone()
             print(mode, count_objects(db.conn), runs)
@@ -144,11 +134,11 @@ for path in sys.argv[2:]:
 
 INSERT_AND_CLOSE = """
 from daemon_db import DB
-from support import insert_run, no_sync
+from support import LIMIT, insert_run, no_sync
 
 wait()
 for cycle in range(int(sys.argv[3])):
-    with DB.open(sys.argv[2], timeout=600, on_connect=no_sync) as db, db.transaction() as conn:
+    with DB.open(sys.argv[2], timeout=LIMIT, on_connect=no_sync) as db, db.transaction() as conn:
         insert_run(conn, f"{sys.argv[1]}-{cycle}")
 print("done")
 """
@@ -184,6 +174,7 @@ class TestTogether:
             (partial(make_wal, runs=3), comes, 3),
             (partial(make_wal, runs=3), goes, 3),
         ],
+        ids=["both make it", "rollback-journal mode", "WAL mode", "one comes to a current one", "one goes"],
     )
     def test_another_connection_comes_or_goes_at_any_moment_of_an_open(
         self,
@@ -274,16 +265,14 @@ with DB.open(path, on_connect=configure) as db:
 """
 
 
-def objects_in(path: Path) -> int:
-    """How many objects SQLite finds in the schema."""
-    with closing(sqlite3.connect(path)) as conn:
-        return count_objects(conn)
-
-
 def check_killed(path: Path, is_new: bool) -> None:
     """The file is the old one or the new one; the next open works, and has the whole schema and the rows."""
-    assert objects_in(copy(path, path.with_suffix(".copy"))) in (0 if is_new else 1, ALL)
-    assert is_whole(path) == (FRESH if is_new else KEPT)
+    with closing(sqlite3.connect(copy(path, path.with_suffix(".copy")))) as conn:
+        assert count_objects(conn) in (0 if is_new else 1, ALL)
+    with DB.open(path, on_connect=no_sync) as db:
+        assert state(db.conn) == (FRESH if is_new else KEPT)
+        assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert db.conn.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
 AT_OPEN = pytest.mark.parametrize("make", [make_nothing, make_partial, make_partial_wal])
@@ -299,10 +288,10 @@ class TestKilled:
         checked = []
         for path in opened_and_killed(tmp_path, template if template.exists() else None, where):
             opened += 1
-            if (found := bytes_of(path)) not in checked:  # before most statements, it is what it was before another
+            if (found := bytes_of(path)) not in checked:  # most are alike
                 checked.append(found)
                 check_killed(path, make is make_nothing)
-        assert opened > 9  # so many are the steps, and the thousands of bytes
+        assert opened > 9  # so many moments there are at least
         assert any(found.get("-wal") for found in checked)
         if where == "in a write" and make is not make_partial_wal:
             assert any(found.get("-journal") for found in checked)
@@ -362,24 +351,24 @@ while line := sys.stdin.readline():
     conn.execute("PRAGMA synchronous=OFF")
     conn.execute(begin)
     conn.execute("PRAGMA user_version=7")
-    print("locked", flush=True)
+    print("[]", flush=True)
     sys.stdin.readline()
     conn.execute("COMMIT")
     conn.close()
-    print("free", flush=True)
+    print("[]", flush=True)
 """
 
 
 class Holder:
-    """Another process that takes the lock on one file after another. It ends when its standard input does."""
+    """Another process that takes the lock on one file after another."""
 
-    def __init__(self) -> None:
-        self._process = start(HOLD)
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
 
     @contextmanager
     def hold(self, path: Path, begin: str) -> Iterator[None]:
         """It is in a write transaction on `path`, until `free()` or the end of the block, which commit."""
-        self._say(json.dumps([str(path), begin]), "locked")
+        ask(self._process, path, begin)
         self._is_free = False
         try:
             yield
@@ -389,27 +378,22 @@ class Holder:
     def free(self) -> None:
         if not self._is_free:
             self._is_free = True
-            self._say("", "free")
-
-    def _say(self, words: str, answer: str) -> None:
-        self._process.stdin.write(words + "\n")
-        self._process.stdin.flush()
-        assert self._process.stdout.readline() == answer + "\n"
-
-    def end(self) -> None:
-        assert (end(self._process), self._process.returncode) == (("", ""), 0)
+            ask(self._process)
 
 
 @pytest.fixture(scope="module")
 def holder() -> Iterator[Holder]:
-    holder = Holder()
-    yield holder
-    holder.end()
+    process = start(HOLD)
+    yield Holder(process)
+    assert (end(process), process.returncode) == (("", ""), 0)
 
 
 BEGIN = pytest.mark.parametrize("begin", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
-TO_BE_WRITTEN = pytest.mark.parametrize("make", [make_nothing, partial(make_rollback, runs=3), make_partial_wal])
-
+TO_BE_WRITTEN = pytest.mark.parametrize(
+    "make",
+    [make_nothing, partial(make_rollback, runs=3), make_partial_wal],
+    ids=["nothing", "rollback-journal mode", "runs alone in WAL mode"],
+)
 
 WRITE_WITHOUT_A_PAUSE = """
 import sqlite3, sys, threading

@@ -9,6 +9,7 @@ import pickle
 import pydoc
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,30 +25,15 @@ def test_a_callers_program(tmp_path: Path) -> None:
     assert typed_caller.right(tmp_path / "daemon.db") == ["run.started", "unit.done"]
 
 
-@pytest.mark.usefixtures("first_schema")
-def test_a_subclass_gets_its_own_type(tmp_path: Path) -> None:
-    with Store.open(tmp_path / "daemon.db") as store:
-        assert type(store) is Store
-        assert store.__enter__() is store
-        in_thread(lambda: store.create_run("run-1", "feature/login"))
-        assert store.add_unit("run-1", "api").set_status("run-1", "api", "done") == 2
-        assert list(store.events("run-1")) == ["run.started", "unit.done"]
-        with DB.open(tmp_path / "daemon.db") as db:
-            assert type(db) is DB
-
-
-def test_a_subclass_may_have_attributes_of_its_own(tmp_path: Path) -> None:
+def test_a_subclass_gets_its_own_type_and_may_have_attributes(tmp_path: Path) -> None:
     class Named(DB):
         name = "default"
-        sequence: int
 
-        def connect_count(self) -> int:
-            self.sequence = 1 + getattr(self, "sequence", 0)
-            return self.sequence
-
-    with Named.open(tmp_path / "daemon.db") as db:
-        db.name = "mine"
-        assert (db.name, db.connect_count(), db.connect_count()) == ("mine", 1, 2)
+    with Named.open(tmp_path / "daemon.db") as named, DB.open(tmp_path / "daemon.db") as db:
+        assert (type(named), type(db)) == (Named, DB)
+        assert named.__enter__() is named
+        named.name = "mine"
+        assert (named.name, Named.name) == ("mine", "default")
 
 
 def test_a_subclass_whose_close_needs_its_init_hides_no_error(tmp_path: Path) -> None:
@@ -62,38 +48,30 @@ def test_a_subclass_whose_close_needs_its_init_hides_no_error(tmp_path: Path) ->
         Store.open(tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [(), ("daemon.db",), ("daemon.db", 5.0)])
+@pytest.mark.parametrize("cls", [DB, Store])
 def test_calling_the_class_says_what_to_call(
-    arguments: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cls: Callable[..., DB], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for cls in (DB, Store):
-        with pytest.raises(TypeError, match=r"^DB\.open\(path\) is what opens a database$"):
-            cls(*arguments)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^DB\.open\(path\) is what opens a database$"):
-        DB(path="daemon.db")  # type: ignore[arg-type]
+    for call in (cls, partial(cls, "daemon.db"), partial(cls, "daemon.db", 5.0), partial(cls, path="daemon.db")):
+        with pytest.raises(TypeError, match=r"^DB\.open\(path\) is"):
+            call()
     assert list(tmp_path.iterdir()) == []
 
 
-duplicates = pytest.mark.parametrize(
-    "duplicate",
-    [copy.copy, copy.deepcopy, *(lambda db, p=p: pickle.dumps(db, p) for p in range(pickle.HIGHEST_PROTOCOL + 1))],
-    ids=["copy", "deepcopy", *(f"pickle {protocol}" for protocol in range(pickle.HIGHEST_PROTOCOL + 1))],
-)
-
-
-@duplicates
 @pytest.mark.parametrize("path", ["daemon.db", ":memory:"])
-def test_it_can_not_be_copied_or_pickled(
-    path: str, duplicate: Callable[[DB], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_can_not_be_copied_or_pickled(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the attempt does no harm: a copy that is dropped would close the original's connection."""
     monkeypatch.chdir(tmp_path)
+    ways: list[Callable[[DB], object]] = [copy.copy, copy.deepcopy]
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        ways.append(partial(pickle.dumps, protocol=protocol))
     with DB.open(path) as db, db.transaction() as conn:
-        with pytest.raises(TypeError, match=r"^cannot copy or pickle <DB '.*' open>: open a DB there$"):
-            duplicate(db)
-        assert conn.in_transaction
-        assert conn.execute("SELECT count(*) FROM runs").fetchone() == (0,)
+        for duplicate in ways:
+            with pytest.raises(TypeError, match="cannot copy or pickle"):
+                duplicate(db)
+            assert conn.in_transaction, duplicate
+            assert conn.execute("SELECT count(*) FROM runs").fetchone() == (0,)
 
 
 def test_the_documented_defaults(tmp_path: Path) -> None:
@@ -116,25 +94,3 @@ def test_help_shows_what_is_for_callers() -> None:
     assert not {name for name in shown if re.match("_[a-z]", name)}
     for block in "transaction", "snapshot":
         assert re.search(rf"{block}\(self\) -> .*ContextManager\[sqlite3\.Connection\]", text), block
-
-
-class Float:
-    """As numpy's: a number that isn't a float, but can be made one."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def __float__(self) -> float:
-        return self.value
-
-    def __ge__(self, other: float) -> bool:
-        return self.value >= other
-
-    def __le__(self, other: float) -> bool:
-        return self.value <= other
-
-
-def test_any_number_is_a_timeout_also_of_a_transaction(tmp_path: Path) -> None:
-    timeout: float = Float(1.5)  # type: ignore[assignment]
-    with DB.open(tmp_path / "daemon.db", timeout=timeout) as db, db.transaction() as conn:
-        assert conn.execute("PRAGMA busy_timeout").fetchone() == (1500,)

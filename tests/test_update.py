@@ -9,7 +9,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -37,17 +37,11 @@ from support import (
 )
 from support import FIRST as SQL
 from test_conflicts import HARMLESS, RUNS_UNIQUE, create, files, insert_everywhere, refused, schema
+from test_processes import OPEN_IN_A_LOOP
 
 pytestmark = pytest.mark.usefixtures("first_schema")
 
 SCHEMAS = Path(__file__).with_name("schemas")
-Newer = Callable[[str], None]
-
-
-@pytest.fixture
-def newer(first_schema: None) -> Newer:
-    """What makes this process's version one with another `schema.sql`."""
-    return use_schema
 
 
 def with_column(text: str) -> str:
@@ -145,9 +139,9 @@ FILES = {
 
 @pytest.mark.parametrize(("text", "value"), COLUMNS.values(), ids=COLUMNS)
 @pytest.mark.parametrize("script", FILES.values(), ids=FILES)
-def test_a_missing_column_is_added(tmp_path: Path, newer: Newer, script: str, text: str, value: object) -> None:
+def test_a_missing_column_is_added(tmp_path: Path, script: str, text: str, value: object) -> None:
     path = older_file(tmp_path / "daemon.db", script)
-    newer(with_column(text))
+    use_schema(with_column(text))
     with closing(sqlite3.connect(path)) as conn:
         before = rows(conn)
         (addition,) = _schema.missing(conn, "a name")
@@ -163,11 +157,11 @@ def test_a_missing_column_is_added(tmp_path: Path, newer: Newer, script: str, te
     assert files(tmp_path) == before_opening_again
 
 
-def test_all_that_a_column_declares_is_added(tmp_path: Path, newer: Newer) -> None:
+def test_all_that_a_column_declares_is_added(tmp_path: Path) -> None:
     """Also what the comparison doesn't see."""
     path = older_file(tmp_path / "daemon.db")
     unit = "unit TEXT REFERENCES units ON DELETE SET NULL"
-    newer(with_column(f"level TEXT COLLATE NOCASE CHECK (level <> 'x'),\n{unit}"))
+    use_schema(with_column(f"level TEXT COLLATE NOCASE CHECK (level <> 'x'),\n{unit}"))
     with DB.open(path) as db:
         db.conn.execute("UPDATE events SET level = 'LOW', unit = 'old-1/u' WHERE run_id = 'old-1'")
         assert db.conn.execute("SELECT count(*) FROM events WHERE level = 'low'").fetchone() == (1,)
@@ -180,27 +174,26 @@ def test_all_that_a_column_declares_is_added(tmp_path: Path, newer: Newer) -> No
 
 
 @pytest.mark.parametrize("comment", ["-- low, or high", "-- it's low", "-- \"low, it's (", "--, 'low' -- or ''high"])
-@pytest.mark.parametrize("is_last", [False, True])
-def test_a_comment_at_the_end_of_a_columns_line(tmp_path: Path, newer: Newer, is_last: bool, comment: str) -> None:
-    """It may have all signs that end a definition. The column's CHECK is kept."""
+def test_a_comment_at_the_end_of_a_columns_line(tmp_path: Path, comment: str) -> None:
+    """It may have all signs that end a definition. In the middle of a table or at its end, the CHECK is kept."""
     path = older_file(tmp_path / "daemon.db", SQL + "CREATE TABLE hosts (name TEXT);")
     column = "level TEXT DEFAULT '--, ''low' CHECK (level <> 'x, '' -- y')"
-    table, lines = ("hosts", f"name TEXT,\n{column} {comment}") if is_last else ("events", f"{column}, {comment}")
-    newer(
-        (SQL if is_last else schema(events=("unit_id TEXT,", f"unit_id TEXT, -- its 'unit\n{lines}\n")))
-        + f"CREATE TABLE IF NOT EXISTS hosts (\n{lines if is_last else 'name TEXT'}\n);"
+    use_schema(
+        schema(events=("unit_id TEXT,", f"unit_id TEXT, -- its 'unit\n{column}, {comment}\n"))
+        + f"CREATE TABLE IF NOT EXISTS hosts (\nname TEXT,\n{column} {comment}\n);"
     )
     with DB.open(path, on_connect=no_sync) as db:
         db.conn.execute("INSERT INTO hosts (name) VALUES ('first')")
-        assert set(db.conn.execute(f"SELECT level FROM {table}")) == {("--, 'low",)}
-        with pytest.raises(sqlite3.IntegrityError, match="CHECK"):
-            db.conn.execute(f"UPDATE {table} SET level = 'x, '' -- y'")
+        for table in "events", "hosts":
+            assert set(db.conn.execute(f"SELECT level FROM {table}")) == {("--, 'low",)}
+            with pytest.raises(sqlite3.IntegrityError, match="CHECK"):
+                db.conn.execute(f"UPDATE {table} SET level = 'x, '' -- y'")
         assert _schema.missing(db.conn, "a name") == ()
 
 
-def test_columns_tables_and_indexes_are_added_in_an_order_that_works(tmp_path: Path, newer: Newer) -> None:
+def test_columns_tables_and_indexes_are_added_in_an_order_that_works(tmp_path: Path) -> None:
     path = older_file(tmp_path / "daemon.db", schema(idx_runs_status=""))
-    newer(
+    use_schema(
         "CREATE TABLE IF NOT EXISTS hosts (name TEXT PRIMARY KEY, run_id TEXT REFERENCES runs);\n"
         + schema(
             runs=(
@@ -234,10 +227,10 @@ def test_columns_tables_and_indexes_are_added_in_an_order_that_works(tmp_path: P
         insert_everywhere(db.conn)
 
 
-def test_a_table_with_a_keyword_for_a_name(tmp_path: Path, newer: Newer) -> None:
+def test_a_table_with_a_keyword_for_a_name(tmp_path: Path) -> None:
     table = 'CREATE TABLE IF NOT EXISTS "order" ("from" TEXT{},\nUNIQUE ("from"));\n'
     path = older_file(tmp_path / "daemon.db", SQL + table.format(""))
-    newer(SQL + table.format(',\n"to" TEXT DEFAULT 1') + 'CREATE INDEX IF NOT EXISTS "where" ON "order" ("to");')
+    use_schema(SQL + table.format(',\n"to" TEXT DEFAULT 1') + 'CREATE INDEX IF NOT EXISTS "where" ON "order" ("to");')
     with DB.open(path) as db:
         db.conn.execute('INSERT INTO "order" ("from") VALUES (0)')
         assert db.conn.execute('SELECT "from", "to" FROM "order" INDEXED BY "where"').fetchall() == [("0", "1")]
@@ -246,47 +239,65 @@ def test_a_table_with_a_keyword_for_a_name(tmp_path: Path, newer: Newer) -> None
 # What can't be added
 
 
+LEVEL = "events.level: missing column"
+NO_CONSTRAINTS = "no constraints of a table"
+
 STRANDED = {
-    "NOT NULL": (with_column("level TEXT NOT NULL"), "Cannot add a NOT NULL column with default value NULL"),
+    "NOT NULL": (with_column("level TEXT NOT NULL"), LEVEL, "Cannot add a NOT NULL column"),
     "a default that isn't constant": (
         with_column("level TEXT DEFAULT CURRENT_TIMESTAMP"),
-        "Cannot add a column with non-constant default",
+        LEVEL,
+        "non-constant default",
     ),
     "an expression for a default": (
         with_column("level TEXT DEFAULT (datetime('now'))"),
-        "Cannot add a column with non-constant default",
+        LEVEL,
+        "non-constant default",
     ),
     "REFERENCES and a default": (
         with_column("level TEXT DEFAULT 'x' REFERENCES units(id)"),
-        "Cannot add a REFERENCES column with non-NULL default value",
+        LEVEL,
+        "Cannot add a REFERENCES column",
     ),
-    "STORED": (with_column("level TEXT AS (event_type) STORED"), "cannot add a STORED column"),
+    "STORED": (with_column("level TEXT AS (event_type) STORED"), LEVEL, "cannot add a STORED column"),
+    "a foreign key of the table": (
+        schema(units=("UNIQUE(run_id", "\nparent TEXT,\nFOREIGN KEY(parent) REFERENCES units(id), UNIQUE(run_id")),
+        "units: no REFERENCES units(id) ON UPDATE NO ACTION ON DELETE NO ACTION for parent",
+        NO_CONSTRAINTS,
+    ),
+    "a unique index that the rows don't allow": (
+        SQL + "CREATE UNIQUE INDEX IF NOT EXISTS idx_one_each ON runs(status);",
+        "idx_one_each: missing index",
+        "UNIQUE constraint failed: runs.status",
+    ),
 }
 if sqlite3.sqlite_version_info >= (3, 37):  # before, ALTER TABLE doesn't look at the rows for these
     STRANDED |= {
-        "a default that CHECK refuses": (with_column("level TEXT DEFAULT 'x' CHECK (level <> 'x')"), "CHECK"),
+        "a default that CHECK refuses": (with_column("level TEXT DEFAULT 'x' CHECK (level <> 'x')"), LEVEL, "CHECK"),
+        "rows that CHECK refuses": (
+            with_column("level TEXT DEFAULT 'step' CHECK (level <> event_type)"),
+            LEVEL,
+            "CHECK",
+        ),
     }
 
 
-LEFT = "rows are as they were"
-
-
 @pytest.mark.parametrize("journal_mode", ["delete", "wal"])
-@pytest.mark.parametrize(("script", "reason"), STRANDED.values(), ids=STRANDED)
-def test_a_column_that_can_not_be_added_is_named_and_nothing_is(
-    tmp_path: Path, newer: Newer, script: str, reason: str, journal_mode: str
+@pytest.mark.parametrize(("script", "problem", "why"), STRANDED.values(), ids=STRANDED)
+def test_what_can_not_be_added_is_named_and_nothing_is(
+    tmp_path: Path, script: str, problem: str, why: str, journal_mode: str
 ) -> None:
-    """Two columns are missing, and the first of them could be added."""
+    """A column that could be added is missing, too."""
     path = older_file(tmp_path / "daemon.db", SQL, journal_mode)
     before = contents(path)
-    newer(script.replace("status TEXT NOT NULL", "\nhost TEXT,\nstatus TEXT NOT NULL", 1))
+    use_schema(script.replace("status TEXT NOT NULL", "\nhost TEXT,\nstatus TEXT NOT NULL", 1))
     for _ in range(2):
         with pytest.raises(OpenError) as caught:
             DB.open(path)
-        assert caught.value.reason.startswith("events.level: missing column, and it can't be added: ")
-        assert reason in caught.value.reason
-        assert LEFT in caught.value.reason
-        assert isinstance(caught.value.__cause__, sqlite3.Error)
+        assert caught.value.reason.startswith(f"{problem}, and it can't be added: ")
+        assert why in caught.value.reason
+        assert "rows are as they were" in caught.value.reason
+        assert why == NO_CONSTRAINTS or isinstance(caught.value.__cause__, sqlite3.Error)
         assert contents(path) == before
 
 
@@ -303,84 +314,31 @@ def test_a_column_that_can_not_be_added_is_named_and_nothing_is(
             "runs: no UNIQUE for host, shard",
         ),
     ],
+    ids=["another primary key", "UNIQUE of a new column", "UNIQUE of two new columns"],
 )
-def test_a_key_is_refused_before_the_first_write(tmp_path: Path, newer: Newer, script: str, problem: str) -> None:
+def test_a_key_is_refused_before_the_first_write(tmp_path: Path, script: str, problem: str) -> None:
     """ALTER TABLE adds none."""
     path = older_file(tmp_path / "daemon.db")
-    newer(script)
+    use_schema(script)
     before = files(tmp_path)
     assert refused(path).problems == (problem,)
     assert files(tmp_path) == before
 
 
-def test_a_foreign_key_of_a_table_can_not_be_added(tmp_path: Path, newer: Newer) -> None:
-    """Its column can."""
-    path = older_file(tmp_path / "daemon.db")
-    before = contents(path)
-    newer(schema(units=("UNIQUE(run_id", "\nparent TEXT,\nFOREIGN KEY(parent) REFERENCES units(id), UNIQUE(run_id")))
-    with pytest.raises(OpenError) as caught:
-        DB.open(path)
-    constraint = "units: no REFERENCES units(id) ON UPDATE NO ACTION ON DELETE NO ACTION for parent"
-    assert caught.value.reason.startswith(f"{constraint}, and it can't be added: ")
-    assert LEFT in caught.value.reason
-    assert contents(path) == before
-
-
-def test_an_empty_table_takes_more(tmp_path: Path, newer: Newer) -> None:
+def test_an_empty_table_takes_more(tmp_path: Path) -> None:
     """NOT NULL without a default, for one: SQLite refuses that where there are rows."""
     path = create(tmp_path / "daemon.db", SQL)
-    newer(STRANDED["NOT NULL"][0])
+    use_schema(STRANDED["NOT NULL"][0])
     with DB.open(path) as db:
         assert _schema.missing(db.conn, "a name") == ()
-
-
-@pytest.mark.parametrize("journal_mode", ["delete", "wal"])
-def test_rows_that_a_unique_index_refuses(tmp_path: Path, newer: Newer, journal_mode: str) -> None:
-    path = older_file(tmp_path / "daemon.db", SQL, journal_mode)
-    before = contents(path)
-    newer(
-        schema(runs=("error TEXT", "error TEXT,\nhost TEXT\n"))
-        + "CREATE UNIQUE INDEX IF NOT EXISTS idx_one_each ON runs(status);"
-    )
-    for _ in range(2):
-        with pytest.raises(OpenError) as caught:
-            DB.open(path)
-        reason = "idx_one_each: missing index, and it can't be added: UNIQUE constraint failed: runs.status"
-        assert caught.value.reason.startswith(reason) and LEFT in caught.value.reason
-        assert isinstance(caught.value.__cause__, sqlite3.IntegrityError)
-        assert contents(path) == before
-        with closing(sqlite3.connect(path)) as conn:
-            conn.execute("UPDATE runs SET error = 'not locked'")
-
-
-@pytest.mark.skipif(sqlite3.sqlite_version_info < (3, 37), reason="ALTER TABLE doesn't look at CHECK constraints yet")
-def test_rows_that_a_check_refuses(tmp_path: Path, newer: Newer) -> None:
-    path = older_file(tmp_path / "daemon.db")
-    before = catalogue(path)
-    newer(with_column("level TEXT DEFAULT 'step' CHECK (level <> event_type)"))
-    with pytest.raises(OpenError, match="events.level: missing column, .* CHECK constraint failed; .* as they were"):
-        DB.open(path)
-    assert catalogue(path) == before
 
 
 # In the middle of it
 
 
-def test_another_process_is_quicker(tmp_path: Path, newer: Newer) -> None:
+def test_another_process_makes_it_unfit(tmp_path: Path) -> None:
     path = older_file(tmp_path / "daemon.db")
-    newer(with_column("level TEXT") + "CREATE INDEX IF NOT EXISTS idx_level ON events(level);")
-    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
-        assert len(_schema.missing(conn, "a name")) == 2
-        DB.open(path).close()
-        before = files(tmp_path)
-        _schema.update(conn, "a name", 0)
-        assert not conn.in_transaction
-    assert files(tmp_path) == before
-
-
-def test_another_process_makes_it_unfit(tmp_path: Path, newer: Newer) -> None:
-    path = older_file(tmp_path / "daemon.db")
-    newer(with_column("level TEXT"))
+    use_schema(with_column("level TEXT"))
     with closing(sqlite3.connect(path, isolation_level=None)) as conn:
         assert len(_schema.missing(conn, "a name")) == 1
         with closing(sqlite3.connect(path)) as other:
@@ -390,23 +348,9 @@ def test_another_process_makes_it_unfit(tmp_path: Path, newer: Newer) -> None:
         assert not conn.in_transaction
 
 
-def test_it_waits_for_a_writer_before_it_reads(tmp_path: Path) -> None:
-    """Else what it has read may be out of date when it begins to write, which SQLite refuses without waiting."""
-    path = older_file(tmp_path / "daemon.db", SQL, "wal")
-    with (
-        closing(sqlite3.connect(path, isolation_level=None)) as writer,
-        closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as conn,
-    ):
-        writer.execute("BEGIN IMMEDIATE")
-        with pytest.raises(sqlite3.OperationalError, match="^database is locked$"):
-            _schema.update(conn, "a name", 0)
-        writer.execute("COMMIT")
-        _schema.update(conn, "a name", 0)
-
-
-def test_errors_that_are_not_about_the_rows_pass_through(tmp_path: Path, newer: Newer) -> None:
+def test_errors_that_are_not_about_the_rows_pass_through(tmp_path: Path) -> None:
     path = older_file(tmp_path / "daemon.db")
-    newer(SQL + "CREATE INDEX IF NOT EXISTS idx_type ON events(event_type);")
+    use_schema(SQL + "CREATE INDEX IF NOT EXISTS idx_type ON events(event_type);")
     with closing(sqlite3.connect(path, isolation_level=None)) as conn:
         conn.execute("PRAGMA max_page_count=1")  # of those that there are, no more
         with pytest.raises(sqlite3.OperationalError, match="^database or disk is full$"):
@@ -432,9 +376,9 @@ class Interrupted(sqlite3.Connection):
 
 
 @pytest.mark.parametrize("is_before", [True, False])
-def test_interrupted(tmp_path: Path, newer: Newer, is_before: bool) -> None:
+def test_interrupted(tmp_path: Path, is_before: bool) -> None:
     """At any statement: the old schema or the new one, and no transaction left open."""
-    newer(with_column("level TEXT") + "CREATE INDEX IF NOT EXISTS idx_level ON events(level);")
+    use_schema(with_column("level TEXT") + "CREATE INDEX IF NOT EXISTS idx_level ON events(level);")
 
     def update(path: Path, interrupt_at: int) -> int:
         """The number of statements."""
@@ -458,8 +402,8 @@ def test_interrupted(tmp_path: Path, newer: Newer, is_before: bool) -> None:
 
 
 @pytest.mark.parametrize("text", ["level TEXT", "level TEXT NOT NULL DEFAULT 'x'", "level TEXT AS (event_type)"])
-def test_adding_a_column_is_no_pass_over_the_rows(newer: Newer, text: str) -> None:
-    newer(with_column(text))
+def test_adding_a_column_is_no_pass_over_the_rows(text: str) -> None:
+    use_schema(with_column(text))
     steps = []
     for events in (10, 10_000):
         with closing(sqlite3.connect(":memory:", isolation_level=None)) as conn:
@@ -528,12 +472,12 @@ NEW = with_column("level TEXT NOT NULL DEFAULT 'low' CHECK (level <> '')") + (
 )
 
 
-def test_an_older_version_goes_on_with_a_newer_file(tmp_path: Path, newer: Newer) -> None:
+def test_an_older_version_goes_on_with_a_newer_file(tmp_path: Path) -> None:
     path = older_file(tmp_path / "daemon.db")
-    newer(NEW)
+    use_schema(NEW)
     DB.open(path).close()
     updated = catalogue(path)
-    newer(SQL)
+    use_schema(SQL)
     with DB.open(path) as db:
         insert_everywhere(db.conn)
         db.conn.execute("DELETE FROM runs WHERE id = 'old-1'")
@@ -598,33 +542,17 @@ def test_versions_open_an_old_file_at_once(tmp_path: Path, count: int) -> None:
             assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
-UPDATE_IN_A_LOOP = """
-import itertools, os, shutil, sys
-sys.path.insert(0, sys.argv[1])
-from daemon_db import DB
-
-DB.open(":memory:").close()
-for number in itertools.count():
-    path = f"{sys.argv[2]}/{number}.db"
-    shutil.copyfile(sys.argv[3], path)
-    os.write(1, b"begin %d\\n" % number)
-    DB.open(path).close()
-    os.write(1, b"done %d\\n" % number)
-"""
-
-
 @pytest.mark.parametrize("journal_mode", ["delete", "wal"])
-def test_killed_while_updating(tmp_path: Path, newer: Newer, journal_mode: str) -> None:
+def test_killed_while_updating(tmp_path: Path, journal_mode: str) -> None:
     """The old schema or the new one; the next open works, and has all rows."""
     new = version(tmp_path / "new", NEW)
     template = older_file(tmp_path / "template", SQL, journal_mode)
     with closing(sqlite3.connect(template)) as conn:
         before = rows(conn)
     old = catalogue(template)
-    newer(NEW)
+    use_schema(NEW)
     shutil.copyfile(template, tmp_path / "updated")
     DB.open(tmp_path / "updated").close()
-
     updated = catalogue(tmp_path / "updated")
 
     def check(path: Path, is_done: bool) -> None:
@@ -643,15 +571,16 @@ def test_killed_while_updating(tmp_path: Path, newer: Newer, journal_mode: str) 
         checked = []
         for path in opened_and_killed(directory, template, where, env=newer_first):
             opened += 1
-            if (found := bytes_of(path)) not in checked:  # before most statements, it is what it was before another
+            if (found := bytes_of(path)) not in checked:  # most are alike
                 checked.append(found)
                 check(path, is_done=False)
         assert opened > 11
         assert any(found.get("-wal") for found in checked)
+    open_in_a_loop = f"import sys\nsys.path.insert(0, {str(new)!r})\n{OPEN_IN_A_LOOP}"
     for kill in range(rounds(1, 75)):
         directory = tmp_path / str(kill)
         directory.mkdir()
-        began, done = kill_at_random(UPDATE_IN_A_LOOP, new, directory, template)
+        began, done = kill_at_random(open_in_a_loop, directory, template)
         for number in began:
             if (directory / f"{number}.db").stat().st_size >= template.stat().st_size:  # else not yet copied
                 check(directory / f"{number}.db", number in done)
@@ -663,6 +592,12 @@ def test_killed_while_updating(tmp_path: Path, newer: Newer, journal_mode: str) 
 RUNS = SQL[SQL.index("CREATE TABLE") : SQL.index(";")].replace("IF NOT EXISTS ", "")
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 HUGE = "hex(zeroblob(900000000))"
+
+
+def after_error(text: str) -> str:
+    """`runs`, with a text after `error TEXT`."""
+    return RUNS.replace("error           TEXT", f"error TEXT {text}")
+
 
 HOSTILE = {
     "VACUUM INTO": "VACUUM INTO 'out.db'",
@@ -678,19 +613,19 @@ HOSTILE = {
     "a trigger": "CREATE TRIGGER runs AFTER INSERT ON units BEGIN SELECT load_extension('out'); END",
     "INSERT": "INSERT INTO sqlite_master VALUES ('table', 'x', 'x', 2, 'CREATE TABLE x (y)')",
     "PRAGMA": "PRAGMA journal_mode=OFF",
-    "a function that loads code": RUNS.replace("error           TEXT", "error TEXT DEFAULT (load_extension('out'))"),
-    "a CHECK that loads code": RUNS.replace("error           TEXT", "error TEXT CHECK (load_extension('out'))"),
+    "a function that loads code": after_error("DEFAULT (load_extension('out'))"),
+    "a CHECK that loads code": after_error("CHECK (load_extension('out'))"),
     "a generated column that loads code": RUNS[:-1] + ", code AS (load_extension('out')))",
-    "huge default": RUNS.replace("error           TEXT", f"error TEXT, more TEXT DEFAULT ({HUGE})"),
-    "huge CHECK": RUNS.replace("error           TEXT", f"error TEXT CHECK (error <> {HUGE})"),
-    "huge generated column": RUNS.replace("error           TEXT", f"error TEXT, more TEXT AS ({HUGE}) STORED"),
-    "default without an end": RUNS.replace("error           TEXT", f"error TEXT DEFAULT (({ENDLESS}))"),
-    "CHECK without an end": RUNS.replace("error           TEXT", f"error TEXT CHECK (({ENDLESS}))"),
-    "generated column without an end": RUNS.replace("error           TEXT", f"error TEXT, more AS (({ENDLESS}))"),
+    "huge default": after_error(f", more TEXT DEFAULT ({HUGE})"),
+    "huge CHECK": after_error(f"CHECK (error <> {HUGE})"),
+    "huge generated column": after_error(f", more TEXT AS ({HUGE}) STORED"),
+    "default without an end": after_error(f"DEFAULT (({ENDLESS}))"),
+    "CHECK without an end": after_error(f"CHECK (({ENDLESS}))"),
+    "generated column without an end": after_error(f", more AS (({ENDLESS}))"),
     "brackets not closed": RUNS[:-1] + "[" * 200_000,
     "brackets not closed, in a comment": RUNS + "/*" + "['\"`/*--" * 25_000,
     "quotes not closed": RUNS[:-1] + "'" * 199_999,
-    "a string of quotes": RUNS.replace("error           TEXT", "error TEXT DEFAULT '" + "''" * 100_000 + "'"),
+    "a string of quotes": after_error("DEFAULT '" + "''" * 100_000 + "'"),
     "deep parentheses": RUNS[:-1] + ", CHECK (" + "(" * 100_000 + "1" + ")" * 100_000 + "))",
     "deep parentheses that SQLite takes": RUNS[:-1] + ", CHECK (" + "(" * 80 + "1" + ")" * 80 + "))",
     "many columns": RUNS[: RUNS.index("UNIQUE")] + ", ".join(f"c{number}" for number in range(1900)) + ")",
@@ -708,11 +643,7 @@ HOSTILE_INDEXES = {
     "index and a second statement": "CREATE INDEX stranger ON runs(id); ATTACH 'out.db' AS out",
 }
 
-SQLITE_TAKES = {
-    "a function that loads code",
-    "a string of quotes",
-    "many unique columns",
-}
+SQLITE_TAKES = {"a function that loads code", "a string of quotes", "many unique columns"}
 """Of these, what SQLite takes and this schema doesn't. Of two statements SQLite reads the first, and so does this."""
 
 INCOMPLETE = {
@@ -789,23 +720,19 @@ STRANDED_FILES = """schema.sql was changed in a way that strands files, of relea
 See "Changing the schema" in tests/README.md for what old files can be given, and for how to go about the rest."""
 
 
-def test_a_file_of_a_released_version_is_brought_up_to_date(tmp_path: Path, newer: Newer) -> None:
+def test_a_file_of_a_released_version_is_brought_up_to_date(tmp_path: Path) -> None:
     """And a released version goes on with a file of this one."""
     new = filled(tmp_path / "new.db", SHIPPED)
     problems = []
     for released in sorted(SCHEMAS.glob("*.sql")):
         script = released.read_text(encoding="utf-8")
         old = filled(tmp_path / f"{released.stem}.db", script)
-        newer(SHIPPED)
+        use_schema(SHIPPED)
         problems += [f"a file of {released.stem}: {problem}" for problem in refused_because(old, script)]
-        newer(script)
+        use_schema(script)
         problems += [f"{released.stem} with a new file: {problem}" for problem in lacks(new)]
     if problems:
         pytest.fail("\n".join([STRANDED_FILES, *problems]), pytrace=False)
-
-
-def test_the_first_released_schema_is_kept() -> None:
-    assert (SCHEMAS / "0.1.0.sql").exists()
 
 
 def test_the_schema_of_this_version_is_kept() -> None:
