@@ -85,6 +85,11 @@ def in_a_process(*arguments: object, **options: object) -> subprocess.CompletedP
     )
 
 
+def as_typed(value: object) -> str | None:
+    """The name of a case: its arguments."""
+    return " ".join(value) if isinstance(value, list) else None
+
+
 def report(output: str) -> dict[str, str]:
     return dict(re.split(r"  +", line, maxsplit=1) for line in output.splitlines())
 
@@ -188,11 +193,13 @@ class TestWhatItFinds:
     def test_help(self) -> None:
         done = command("--help")
         assert (done.returncode, done.stderr) == (0, "")
-        for word in ("PATH", "--check", "--json", "--version", "write nothing"):
+        for word in ("PATH", "--check", "--backup DEST", "--json", "--version", "write nothing"):
             assert word in done.stdout
 
 
-class TestCheckWritesNothing:
+class TestNothingIsWritten:
+    """By --check, and by --backup to the file that it copies."""
+
     @pytest.mark.parametrize(
         ("make", "words"),
         [
@@ -208,25 +215,24 @@ class TestCheckWritesNothing:
             fails(command(*option, "daemon.db", cwd=tmp_path), tmp_path / "daemon.db", words)
             assert files_in(tmp_path) == before
 
-    def test_a_hot_journal_is_played_back_by_an_open(self, tmp_path: Path) -> None:
-        make_hot(tmp_path / "daemon.db")
-        assert command(tmp_path / "daemon.db").returncode == 0
-        assert command("--check", tmp_path / "daemon.db").returncode == 0
-
-    @pytest.mark.parametrize("make", [make_wal, make_rollback])
-    def test_byte_for_byte(self, make: Callable[[Path], None], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("option", [["--check"], ["--backup", "copy/copy.db"]], ids=as_typed)
+    @pytest.mark.parametrize("make", [make_wal, make_rollback, make_killed])
+    def test_the_database_stays_as_it_is(self, make: Callable[[Path], None], option: list[str], tmp_path: Path) -> None:
+        """But for the WAL's index: in there, the WAL is read anew."""
         make(tmp_path / "daemon.db")
+        (tmp_path / "copy").mkdir()
         before = files_in(tmp_path)
-        assert report(command("--check", tmp_path / "daemon.db").stdout)["check"] == "ok"
-        assert files_in(tmp_path) == before
-
-    def test_what_a_killed_daemon_left(self, tmp_path: Path) -> None:
-        make_killed(tmp_path / "daemon.db")
-        (tmp_path / "daemon.db-shm").unlink()  # with it, the index would be recovered in there
-        before = files_in(tmp_path)
-        done = command("--check", tmp_path / "daemon.db")
+        done = command(*option, "daemon.db", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
         assert report(done.stdout)["runs"] == "1 row"
-        assert {name: data for name, data in files_in(tmp_path).items() if not name.endswith("-shm")} == before
+        after = files_in(tmp_path)
+        if option != ["--check"]:
+            assert after.pop("copy/copy.db")
+            copy = report(command("--check", tmp_path / "copy/copy.db").stdout)
+            assert (copy["runs"], copy["journal mode"], copy["check"]) == ("1 row", "delete", "ok")
+        assert after.keys() == before.keys()
+        for name in before.keys() - {"daemon.db-shm"}:
+            assert after[name] == before[name]
 
     @pytest.mark.skipif(not something_is_forbidden(), reason="root can't become another user here")
     def test_by_a_user_who_may_only_read(self) -> None:
@@ -251,6 +257,7 @@ class TestCheckWritesNothing:
 
 
 MODES = [[], ["--check"], ["--backup", "copy.db"]]
+INTERRUPTED = "daemon_db: interrupted\n"
 
 
 class TestErrors:
@@ -272,11 +279,8 @@ class TestErrors:
         text = FIRST.replace("parallelism     INTEGER", "parallelism TEXT")
         make_rollback(path, script=f"{text} ALTER TABLE runs RENAME COLUMN error TO failure")
         before, files = open_files(), files_in(tmp_path)
-        problems = (
-            "runs.parallelism: TEXT NOT NULL, should be INTEGER NOT NULL; runs.error: missing column; runs.failure: "
-        )
         for option in MODES:
-            fails(command(*option, path, cwd=tmp_path), path, problems)
+            fails(command(*option, path, cwd=tmp_path), path, "; runs.error: missing column; runs.failure: ")
             assert (open_files(), files_in(tmp_path)) == (before, files)
 
     @pytest.mark.parametrize(
@@ -311,19 +315,6 @@ class TestErrors:
         assert f"daemon_db: {caught.value}\n" == done.stderr
         assert files_in(tmp_path) == files
 
-    def test_a_working_directory_that_is_gone(self, tmp_path: Path) -> None:
-        gone = tmp_path / "gone"
-        gone.mkdir()
-        code = "import os, sys\nfrom daemon_db import __main__\nos.rmdir(os.getcwd())\nsys.exit(__main__.main())"
-        process = start(code, "--json", "daemon.db", cwd=gone)
-        words = f"daemon.db: the working directory: {os.strerror(errno.ENOENT)}"
-        output, errors = end(process)
-        assert (json.loads(output), errors) == ({"path": "daemon.db", "error": words}, f"daemon_db: {words}\n")
-
-    def test_a_name_of_two_lines(self, tmp_path: Path) -> None:
-        done = command(tmp_path / "no" / "two\nlines")
-        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-
     def test_an_error_after_opening(self, tmp_path: Path) -> None:
         path = tmp_path / "daemon.db"
         make_rollback(path)
@@ -342,103 +333,78 @@ class TestErrors:
             )
 
     @pytest.mark.parametrize(
-        ("arguments", "message"),
+        ("arguments", "words"),
         [
-            ([], "the following arguments are required: PATH"),
+            ([], "required: PATH"),
             (["daemon.db", "other.db"], "unrecognized arguments: other.db"),
             (["--no-such-option", "daemon.db"], "unrecognized arguments: --no-such-option"),
-            (["--check", "--backup", "copy.db", "daemon.db"], "argument --backup: not allowed with argument --check"),
+            (["--check", "--backup", "copy.db", "daemon.db"], "not allowed with argument --check"),
         ],
+        ids=as_typed,
     )
-    def test_wrong_usage(self, arguments: list[str], message: str, tmp_path: Path) -> None:
+    def test_wrong_usage(self, arguments: list[str], words: str, tmp_path: Path) -> None:
         done = (command if arguments else in_a_process)(*arguments, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
-        *usage, error = done.stderr.splitlines()
-        assert " ".join("".join(usage).split()) == (
-            "usage: python -m daemon_db [-h] [--check | --backup DEST] [--json] [--version] PATH"
-        )
-        assert error == f"python -m daemon_db: error: {message}"
+        usage, *_, error = done.stderr.splitlines()
+        assert usage.startswith("usage: python -m daemon_db ")
+        assert error.startswith("python -m daemon_db: error: ")
+        assert words in error
         assert files_in(tmp_path) == {}
 
     @pytest.mark.parametrize(
-        ("arguments", "words"),
+        ("arguments", "status", "words"),
         [
-            ([""], "must be a file name, not ''"),
-            (["--check", "file:daemon.db"], "not a URI"),
-            (["--check", ":memory:"], "nothing to read"),
-            (["--backup", "copy.db", ":memory:"], "nothing to read"),
+            *(([*mode, "no/daemon.db"], 1, "/no: ") for mode in MODES),
+            *(([*mode, "notes.db"], 1, "another program") for mode in MODES),
+            (["--backup", "daemon.db", "daemon.db"], 1, "the database itself"),
+            (["no/two\nlines"], 1, "/no: "),
+            ([""], 2, "a file name, not ''"),
+            (["--check", "file:daemon.db"], 2, "not a URI"),
+            (["--check", ":memory:"], 2, "nothing to read"),
+            (["--backup", "copy.db", ":memory:"], 2, "nothing to read"),
         ],
+        ids=as_typed,
     )
-    def test_a_path_that_can_be_none(self, arguments: list[str], words: str, tmp_path: Path) -> None:
-        done = command("--json", *arguments, cwd=tmp_path)
-        assert done.returncode == 2
-        assert words in done.stderr
-        found = {"path": arguments[-1], "error": done.stderr.removeprefix("daemon_db: ").rstrip("\n")}
-        assert done.stdout == json.dumps(found) + "\n"
-        assert files_in(tmp_path) == {}
-
-
-class TestOlderFiles:
-    def make_older(self, path: Path) -> list[str]:
-        """A file without the last table, and without an index of another one; what the next open adds to it."""
-        table, other = _schema.tables()[-1], _schema.tables()[0]
-        made = "SELECT name FROM sqlite_master WHERE tbl_name = ? AND sql NOT NULL ORDER BY rowid"
-        with closing(sqlite3.connect(path)) as conn:
-            conn.executescript(_schema.SQL)
-            lacking = [name for (name,) in conn.execute(made, (table,))]
-            _, *indexes = [name for (name,) in conn.execute(made, (other,))]
-            conn.executescript(f"DROP TABLE {table};" + "".join(f"DROP INDEX {name};" for name in indexes[:1]))
-        return [name for name in _schema.expected()[1] if name in (*lacking, *indexes[:1])]
-
-    def test_check_says_what_the_next_open_adds(self, tmp_path: Path) -> None:
-        lacking = self.make_older(tmp_path / "daemon.db")
-        before = files_in(tmp_path)
-        added = ", ".join(lacking)
-        done = command("--check", tmp_path / "daemon.db")
-        lines = report(done.stdout)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert (lines["next open"], lines["check"]) == (f"adds {added}", "ok")
-        assert lines[_schema.tables()[-1]] == "no such table"
-        found = json.loads(command("--check", "--json", tmp_path / "daemon.db").stdout)
-        assert [line.partition(":")[0] for line in found["to_add"]] == lacking
-        assert found["rows"][_schema.tables()[-1]] is None
-        assert files_in(tmp_path) == before
-        assert report(command(tmp_path / "daemon.db").stdout)["opened"] == f"added {added}"
-        assert "next open" not in report(command("--check", tmp_path / "daemon.db").stdout)
-
-
-class TestFailuresAsJson:
-    @pytest.mark.parametrize("option", MODES)
-    def test_as_on_standard_error(self, option: list[str], tmp_path: Path) -> None:
-        done = in_a_process("--json", *option, "no/daemon.db", cwd=tmp_path)
-        fails(subprocess.CompletedProcess([], done.returncode, "", done.stderr), tmp_path / "no/daemon.db", "/no: ")
-        error = done.stderr.removeprefix("daemon_db: ").rstrip("\n")
-        assert json.loads(done.stdout) == {"path": "no/daemon.db", "error": error}
-        assert files_in(tmp_path) == {}
-
-    @pytest.mark.parametrize("option", [["--check"], ["--backup", "copy.db"]])
-    def test_of_the_check(self, option: list[str], tmp_path: Path) -> None:
-        make_wal(tmp_path / "daemon.db")
-        damage(tmp_path / "daemon.db", "runs")
-        done = command("--json", *option, "daemon.db", cwd=tmp_path)
-        found = json.loads(done.stdout)
-        assert done.stderr == f"daemon_db: {found['error']}\n"
-        assert (done.returncode, found["rows"], found["damaged"], found.get("backup")) == (1, {}, True, None)
-        assert list(files_in(tmp_path)) == ["daemon.db"]
-
-    @pytest.mark.parametrize("option", MODES)
-    def test_of_the_schema(self, option: list[str], tmp_path: Path) -> None:
-        with closing(sqlite3.connect(tmp_path / "daemon.db")) as conn:
+    def test_as_json_it_is_the_same(self, arguments: list[str], status: int, words: str, tmp_path: Path) -> None:
+        with closing(sqlite3.connect(tmp_path / "notes.db")) as conn:
             conn.execute("CREATE TABLE notes (x)")
-        done = command("--json", *option, "daemon.db", cwd=tmp_path)
-        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-        assert json.loads(done.stdout) == {"path": "daemon.db", "error": done.stderr[len("daemon_db: ") : -1]}
-
-    def test_of_a_backup(self, tmp_path: Path) -> None:
         make_wal(tmp_path / "daemon.db")
-        done = command("--json", "--backup", "daemon.db", "daemon.db", cwd=tmp_path)
-        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-        assert json.loads(done.stdout) == {"path": "daemon.db", "error": done.stderr[len("daemon_db: ") : -1]}
+        before = files_in(tmp_path)
+        done = command("--json", *arguments, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (status, 1)
+        assert words in done.stderr
+        error = done.stderr.removeprefix("daemon_db: ").removesuffix("\n")
+        assert done.stdout == json.dumps({"path": arguments[-1], "error": error}) + "\n"
+        assert files_in(tmp_path) == before
+
+
+def make_older(path: Path) -> list[str]:
+    """A file without the last table, and without an index of another one; what the next open adds to it."""
+    table, other = _schema.tables()[-1], _schema.tables()[0]
+    made = "SELECT name FROM sqlite_master WHERE tbl_name = ? AND sql NOT NULL ORDER BY rowid"
+    with closing(sqlite3.connect(path)) as conn:
+        conn.executescript(_schema.SQL)
+        lacking = [name for (name,) in conn.execute(made, (table,))]
+        _, *indexes = [name for (name,) in conn.execute(made, (other,))]
+        conn.executescript(f"DROP TABLE {table};" + "".join(f"DROP INDEX {name};" for name in indexes[:1]))
+    return [name for name in _schema.expected()[1] if name in (*lacking, *indexes[:1])]
+
+
+def test_check_says_what_the_next_open_adds(tmp_path: Path) -> None:
+    lacking = make_older(tmp_path / "daemon.db")
+    before = files_in(tmp_path)
+    added = ", ".join(lacking)
+    done = command("--check", tmp_path / "daemon.db")
+    lines = report(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (lines["next open"], lines["check"]) == (f"adds {added}", "ok")
+    assert lines[_schema.tables()[-1]] == "no such table"
+    found = json.loads(command("--check", "--json", tmp_path / "daemon.db").stdout)
+    assert [line.partition(":")[0] for line in found["to_add"]] == lacking
+    assert found["rows"][_schema.tables()[-1]] is None
+    assert files_in(tmp_path) == before
+    assert report(command(tmp_path / "daemon.db").stdout)["opened"] == f"added {added}"
+    assert "next open" not in report(command("--check", tmp_path / "daemon.db").stdout)
 
 
 def damage(path: Path, name: str) -> int:
@@ -457,6 +423,33 @@ def make_orphans(path: Path, count: int) -> None:
         db.conn.execute("PRAGMA foreign_keys=OFF")
         for number in range(1, count + 1):
             append_event(db.conn, f"gone-{number}")
+
+
+def meanwhile(step: str, code: str) -> str:
+    """The command's code; where a backup comes to that step, it first does `code`."""
+    return f"""
+import os, sys
+from pathlib import Path
+from daemon_db import __main__, _backup
+
+step = _backup.{step}
+
+
+def do_meanwhile(*arguments):
+    {code}
+    return step(*arguments)
+
+
+_backup.{step} = do_meanwhile
+sys.exit(__main__.main())
+"""
+
+
+def back_up_meanwhile(step: str, code: str, copy: Path, path: Path) -> subprocess.CompletedProcess[str]:
+    """What --backup does when that happens at that step."""
+    process = start(meanwhile(step, code), "--backup", copy, path)
+    output, said = end(process)
+    return subprocess.CompletedProcess([], process.returncode, output, said)
 
 
 class TestBackup:
@@ -495,21 +488,6 @@ class TestBackup:
             assert counts == sorted(counts)
             assert sum(writer.result(LIMIT) for writer in writers) >= counts[-1] > 0
         assert sorted(os.listdir(tmp_path)) == ["copy.db", "daemon.db"]
-
-    @pytest.mark.parametrize("make", [make_wal, make_rollback, make_killed])
-    def test_the_database_stays_as_it_is(self, make: Callable[[Path], None], tmp_path: Path) -> None:
-        path = tmp_path / "daemon.db"
-        make(path)
-        before = files_in(tmp_path)
-        (tmp_path / "copy").mkdir()
-        done = command("--backup", tmp_path / "copy" / "copy.db", path)
-        assert (done.returncode, done.stderr) == (0, "")
-        after = files_in(tmp_path)
-        for name in before.keys() - {"daemon.db-shm"}:  # the WAL's index is made anew in there
-            assert after[name] == before[name]
-        copy = report(command("--check", tmp_path / "copy" / "copy.db").stdout)
-        assert (copy["runs"], copy["journal mode"], copy["check"]) == ("1 row", "delete", "ok")
-        assert os.listdir(tmp_path / "copy") == ["copy.db"]
 
     @pytest.mark.parametrize("umask", [0o022, 0o077])
     @pytest.mark.parametrize("is_there", [False, True])
@@ -656,16 +634,12 @@ ls full
         path, copy = tmp_path / "daemon.db", tmp_path / "copy.db"
         make_wal(path, runs=3)
         copy.write_text("a good one", encoding="ascii")
-        process = start(
-            meanwhile(step, f"os.rename({str(path)!r}, {str(tmp_path / 'away.db')!r})"), "--backup", copy, path
-        )
-        output, said = end(process)
-        assert process.returncode == status
+        done = back_up_meanwhile(step, f"os.rename({str(path)!r}, {str(tmp_path / 'away.db')!r})", copy, path)
         if status:
-            fails(subprocess.CompletedProcess([], status, output, said), path, "removed")
+            fails(done, path, "removed")
             assert copy.read_text(encoding="ascii") == "a good one"
         else:
-            assert (said, report(output)["check"]) == ("", "ok")
+            assert (done.returncode, done.stderr, report(done.stdout)["check"]) == (0, "", "ok")
             assert report(command("--check", copy).stdout)["runs"] == "3 rows"
         assert report(command("--check", tmp_path / "away.db").stdout)["runs"] == "3 rows"
         assert not list(tmp_path.glob("*.part*"))
@@ -720,17 +694,13 @@ ls full
         assert command("--backup", copy, path).returncode == 0
         before = files_in(tmp_path)
 
-        def limit() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
-
-        done = in_a_process("--backup", copy, path, preexec_fn=limit)
-        assert (done.returncode, done.stdout) == (1, "")
+        limit = (resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+        done = in_a_process("--backup", copy, path, preexec_fn=lambda: resource.setrlimit(*limit))
         fails(done, copy, "disk I/O error")
         assert files_in(tmp_path) == before
         for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-            process = start(meanwhile("show_progress", f"os.kill(os.getpid(), {int(number)})"), "--backup", copy, path)
-            assert end(process) == ("", "daemon_db: interrupted\n")
-            assert process.returncode == 130
+            done = back_up_meanwhile("show_progress", f"os.kill(os.getpid(), {int(number)})", copy, path)
+            assert (done.returncode, done.stdout, done.stderr) == (130, "", INTERRUPTED)
             assert files_in(tmp_path) == before
 
     def test_what_comes_while_it_copies(self, tmp_path: Path) -> None:
@@ -739,39 +709,17 @@ ls full
         make_wal(path)
         make_wal(copy)
         before = files_in(tmp_path)
-        code = meanwhile("copy_and_check", f"Path({str(copy)!r} + '-wal').write_bytes(b'in use')")
-        process = start(code, "--backup", copy, path)
-        output, said = end(process)
-        fails(subprocess.CompletedProcess([], process.returncode, output, said), copy, f"{copy}-wal")
+        done = back_up_meanwhile("copy_and_check", f"Path('{copy}-wal').write_bytes(b'in use')", copy, path)
+        fails(done, copy, f"{copy}-wal")
         assert files_in(tmp_path) == before | {"copy.db-wal": b"in use"}
 
     def test_an_older_file_is_copied_and_not_updated(self, tmp_path: Path) -> None:
         path, copy = tmp_path / "daemon.db", tmp_path / "copy.db"
-        TestOlderFiles().make_older(path)
+        make_older(path)
         before = path.read_bytes()
         assert command("--backup", copy, path).returncode == 0
         assert path.read_bytes() == before
         assert "next open" in report(command("--check", copy).stdout)
-
-
-def meanwhile(step: str, code: str) -> str:
-    """The command's code; where a backup comes to that step, it first does `code`."""
-    return f"""
-import os, sys
-from pathlib import Path
-from daemon_db import __main__, _backup
-
-step = _backup.{step}
-
-
-def do_meanwhile(*arguments):
-    {code}
-    return step(*arguments)
-
-
-_backup.{step} = do_meanwhile
-sys.exit(__main__.main())
-"""
 
 
 class TestWhereItCannotBeSaid:
@@ -787,30 +735,36 @@ class TestWhereItCannotBeSaid:
         assert done.returncode not in (0, 130)
         assert os.strerror(errno.ENOSPC if device else errno.EPIPE) in done.stderr
 
-    def test_closed(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("redirection", "name", "status", "check"),
+        [(">&-", "daemon.db", 0, None), ("2>&-", "daemon.db", 0, "ok"), ("2>&-", "no/db", 1, None)],
+    )
+    def test_closed(self, redirection: str, name: str, status: int, check: str | None, tmp_path: Path) -> None:
+        """Where there is no standard error, no error goes to standard output: somebody reads a report there."""
+        make_wal(tmp_path / "daemon.db")
         done = subprocess.run(
-            ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-m", "daemon_db", str(tmp_path / "daemon.db")],
+            ["sh", "-c", f'"$@" {redirection}', "sh", sys.executable, "-m", "daemon_db", "--check", name],
+            cwd=tmp_path,
             env=ENVIRONMENT,
-            stderr=subprocess.PIPE,
+            capture_output=True,
+            text=True,
             timeout=LIMIT,
         )
-        assert (done.returncode, done.stderr) == (0, b"")
-
-    def test_no_standard_error_for_a_failure(self, tmp_path: Path) -> None:
-        """It must not go to standard output, where somebody reads a report."""
-        done = in_a_process(tmp_path / "no" / "db", preexec_fn=lambda: os.close(2), stderr=None)
-        assert (done.returncode, done.stdout) == (1, "")
-
-    def test_no_standard_error(self, tmp_path: Path) -> None:
-        make_wal(tmp_path / "daemon.db")
-        shell = ["sh", "-c", '"$@" 2>&-', "sh"]
-        arguments = [sys.executable, "-m", "daemon_db", "--check", str(tmp_path / "daemon.db")]
-        done = subprocess.run([*shell, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=LIMIT)
-        assert done.returncode == 0
-        assert report(done.stdout)["check"] == "ok"
+        assert (done.returncode, done.stderr) == (status, "")
+        assert report(done.stdout).get("check") == check
 
 
 class TestDamage:
+    @pytest.mark.parametrize("option", MODES[1:], ids=as_typed)
+    def test_as_json(self, option: list[str], tmp_path: Path) -> None:
+        make_wal(tmp_path / "daemon.db")
+        damage(tmp_path / "daemon.db", "runs")
+        done = command("--json", *option, "daemon.db", cwd=tmp_path)
+        found = json.loads(done.stdout)
+        assert done.stderr == f"daemon_db: {found['error']}\n"
+        assert (done.returncode, found["rows"], found["damaged"], found.get("backup")) == (1, {}, True, None)
+        assert list(files_in(tmp_path)) == ["daemon.db"]
+
     def test_pages_that_nothing_uses(self, tmp_path: Path) -> None:
         """SQLite tells of all of them in one row, of which each line is a problem."""
         path = tmp_path / "daemon.db"
@@ -916,27 +870,23 @@ sys.exit(__main__.main())
 
 
 def test_a_line_on_a_terminal_and_an_interrupt_in_the_middle(slow: Path) -> None:
-    """On a pipe the same check says nothing until it is interrupted. Either way it ends at once, in one line."""
+    """On a pipe the same check says nothing until it is interrupted. Each time it ends at once, in one line."""
     before = files_in(slow.parent)
+    as_json = json.dumps({"path": str(slow), "error": "interrupted"}) + "\n"
     with closing(Terminal()) as terminal:
-        for options, said in ({"stderr": terminal.its}, None), ({}, "daemon_db: interrupted\n"):
-            process = start(CHECK, "--check", slow, **options)
+        for arguments, options, output, said in (
+            ([], {"stderr": terminal.its}, "", None),
+            ([], {}, "", INTERRUPTED),
+            (["--json"], {}, as_json, INTERRUPTED),
+        ):
+            process = start(CHECK, *arguments, "--check", slow, **options)
             assert process.stdout.readline() == "looking\n"
             process.send_signal(signal.SIGINT)
-            assert end(process) == ("", said)
+            assert end(process) == (output, said)
             assert process.returncode == 130
         terminal.read_until("interrupted\r\n")
     assert terminal.shown == f"reading all of {slow} ...\r\ndaemon_db: interrupted\r\n"
     assert files_in(slow.parent) == before
-
-
-def test_an_interrupt_as_json(slow: Path) -> None:
-    process = start(CHECK, "--json", "--check", slow)
-    assert process.stdout.readline() == "looking\n"
-    process.send_signal(signal.SIGINT)
-    output, said = end(process)
-    assert (json.loads(output), said) == ({"path": str(slow), "error": "interrupted"}, "daemon_db: interrupted\n")
-    assert process.returncode == 130
 
 
 def test_how_far_a_backup_has_got(tmp_path: Path) -> None:
@@ -978,26 +928,20 @@ def test_an_interrupt_before_anything_is_found(arguments: list[str], tmp_path: P
     make_wal(tmp_path / "daemon.db")
     before = files_in(tmp_path)
     process = start(INTERRUPT_WHEN_CONNECTING, *arguments, tmp_path / "daemon.db")
-    assert end(process) == ("", "daemon_db: interrupted\n")
+    assert end(process) == ("", INTERRUPTED)
     assert process.returncode == 130
     assert files_in(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ("version", "has_it"),
-    [
-        ((3, 6, 23), False),
-        ((3, 7, 0), True),
-        ((3, 40, 1), True),
-        ((3, 44, 5), True),
-        ((3, 44, 6), False),
-        ((3, 45, 0), True),
-        ((3, 50, 6), True),
-        ((3, 50, 7), False),
-        ((3, 51, 2), True),
-        ((3, 51, 3), False),
-        ((3, 52, 0), False),
-    ],
-)
-def test_which_versions_have_the_wal_reset_bug(version: tuple[int, int, int], has_it: bool) -> None:
-    assert __main__.has_wal_reset_bug(version) is has_it
+def as_numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+@pytest.mark.parametrize("version", ["3.7.0", "3.40.1", "3.44.5", "3.45.0", "3.50.6", "3.51.2"])
+def test_these_versions_have_the_wal_reset_bug(version: str) -> None:
+    assert __main__.has_wal_reset_bug(as_numbers(version))
+
+
+@pytest.mark.parametrize("version", ["3.6.23", "3.44.6", "3.50.7", "3.51.3", "3.52.0"])
+def test_these_have_it_not(version: str) -> None:
+    assert not __main__.has_wal_reset_bug(as_numbers(version))

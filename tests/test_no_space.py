@@ -5,7 +5,6 @@ And no space for temporary files, or no directory for them, on real file systems
 
 import os
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -14,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from daemon_db import DB, _schema
-from support import ENVIRONMENT, LIMIT, insertion, make_nothing, make_rollback, make_wal, run
-from test_mount import IN_A_NAMESPACE, can_mount
+from support import insertion, make_nothing, make_rollback, make_wal, run
+from test_mount import can_mount, do_in_a_namespace
 
 OPEN_LIMITED = """
 import resource, sys
@@ -79,8 +78,7 @@ with DB.open(path, on_connect=lambda conn: conn.execute(f"PRAGMA cache_size={cac
 def test_opening(make: Callable[[Path], None], limit: int, name: str, tmp_path: Path) -> None:
     path = tmp_path / "db"
     make(path)
-    said = run(OPEN_LIMITED, path, limit)
-    assert said.endswith(f" {name}\n")
+    assert run(OPEN_LIMITED, path, limit).endswith(f" {name}\n")
     with DB.open(path) as db:
         assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (0 if make is make_nothing else 1,)
         assert db.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -136,14 +134,7 @@ def update_without_room(directory: Path, place: str) -> str:
         (directory / name).mkdir()
     make_without_index(directory / "writable" / "db")
     script = f'set -e\n{PLACES[place]}\nexec "$@" -m daemon_db writable/db'
-    done = subprocess.run(
-        [*IN_A_NAMESPACE, "bash", "-c", script, "bash", sys.executable],
-        cwd=directory,
-        env=ENVIRONMENT,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=LIMIT,
-    )
+    done = do_in_a_namespace("bash", "-c", script, "bash", sys.executable, cwd=directory)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     return done.stderr.removeprefix("daemon_db: ")
 
@@ -166,9 +157,8 @@ def test_an_update_without_room_for_temporary_files(place: str, tmp_path: Path) 
     assert said.startswith(f"{path}: ")
     assert "SQLITE_TMPDIR" in said
     with closing(sqlite3.connect(path)) as conn:
-        assert conn.execute("SELECT count(*) FROM sqlite_master WHERE type = 'index' AND sql NOT NULL").fetchone() == (
-            0,
-        )
+        select = "SELECT count(*) FROM sqlite_master WHERE type = 'index' AND sql NOT NULL"
+        assert conn.execute(select).fetchone() == (0,)
         assert conn.execute("SELECT count(*) FROM events").fetchone() == (30_000,)
     with DB.open(path) as db:
         assert _schema.expected()[1].keys() <= {name for (name,) in db.conn.execute("SELECT name FROM sqlite_master")}

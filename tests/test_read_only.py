@@ -26,7 +26,6 @@ from support import (
     make_wal,
     open_files,
     public_directory,
-    run,
     something_is_forbidden,
     spare,
     start,
@@ -35,34 +34,32 @@ from support import (
 DIE = """
 import os, signal, sys
 from daemon_db import DB
-from support import append_event, insert_run
+from support import insert_run
 
 db = DB.open(sys.argv[1])
-with db.transaction() as conn:
-    insert_run(conn, "run-of-the-dead")
-    append_event(conn, "run-of-the-dead")
+insert_run(db.conn, "run-of-the-dead")
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def die(path: Path) -> None:
-    """A daemon commits a run and an event, and is killed: both are in the WAL only."""
+    """A daemon commits a run and is killed: it is in the WAL only."""
     process = start(DIE, path)
     assert end(process) == ("", "")
     assert process.returncode == -signal.SIGKILL
     assert Path(f"{path}-wal").stat().st_size > 0
 
 
-def make_dead_without_index(path: Path) -> None:
-    """As copied: without the -shm."""
-    die(path)
-    Path(f"{path}-shm").unlink()
-
-
 def make_killed_without_index(path: Path) -> None:
-    """The same for a file's eyes, without a process."""
+    """As copied: without the -shm."""
     make_killed(path)
     Path(f"{path}-shm").unlink()
+
+
+def make_wal_and_an_empty_one(path: Path) -> None:
+    """As a process leaves it that was killed before it wrote."""
+    make_wal(path)
+    Path(f"{path}-wal").touch()
 
 
 def without_index(files: dict[str, bytes | None]) -> dict[str, bytes | None]:
@@ -74,13 +71,14 @@ def count(db: DB, table: str = "runs") -> int:
     return int(db.conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
 
-READONLY = "^attempt to write a readonly database$"
+READONLY = "write a readonly database"
 
 
 class TestNothingIsWritten:
     @pytest.mark.parametrize("make", [make_wal, make_rollback])
     def test_a_file_with_nothing_beside_it(self, make: Callable[[Path], None], tmp_path: Path) -> None:
         make(tmp_path / "db")
+        os.utime(tmp_path / "db", (1_000_000_000, 1_000_000_000))
         before, opened = files_in(tmp_path), open_files()
         with DB.open(tmp_path / "db", read_only=True) as db:
             assert count(db) == 1
@@ -89,18 +87,19 @@ class TestNothingIsWritten:
             assert db.conn.execute("PRAGMA journal_mode").fetchone() == (mode,)
         assert files_in(tmp_path) == before
         assert open_files() == opened
+        assert (tmp_path / "db").stat().st_mtime == 1_000_000_000
 
-    @pytest.mark.parametrize("make", [die, make_dead_without_index])
+    @pytest.mark.parametrize("make", [die, make_killed_without_index])
     def test_what_a_killed_daemon_left(self, make: Callable[[Path], None], tmp_path: Path) -> None:
         """It is evidence: seen whole, and kept as it is, however often."""
         make(tmp_path / "db")
         before = without_index(files_in(tmp_path))
         for _ in range(2):
             with DB.open(tmp_path / "db", read_only=True) as db:
-                assert (count(db), count(db, "events")) == (1, 1)
+                assert count(db) == 1
             assert without_index(files_in(tmp_path)) == before
         with DB.open(tmp_path / "db") as db:
-            assert (count(db), count(db, "events")) == (1, 1)
+            assert count(db) == 1
 
     def test_what_a_daemon_left_that_was_killed_meanwhile(self, tmp_path: Path) -> None:
         make_wal(tmp_path / "db")
@@ -127,9 +126,8 @@ class TestNothingIsWritten:
                 assert caught.value.sqlite_errorcode == sqlite3.SQLITE_READONLY
                 if db.conn.in_transaction:
                     db.conn.execute("ROLLBACK")
-            with pytest.raises(sqlite3.OperationalError) as caught, db.transaction() as conn:
+            with pytest.raises(sqlite3.OperationalError, match=READONLY), db.transaction() as conn:
                 insert_run(conn)
-            assert str(caught.value) == "attempt to write a readonly database"
             assert not db.conn.in_transaction
             assert count(db) == 1
             with ThreadPoolExecutor(1) as pool, pytest.raises(sqlite3.OperationalError, match=READONLY):
@@ -138,15 +136,11 @@ class TestNothingIsWritten:
 
     def test_on_connect_comes_last(self, tmp_path: Path) -> None:
         make_wal(tmp_path / "db")
+        names = ("foreign_keys", "query_only", "busy_timeout")
         seen = []
 
         def on_connect(conn: sqlite3.Connection) -> None:
-            seen.append(
-                [
-                    conn.execute(f"PRAGMA {name}").fetchone()[0]
-                    for name in ("foreign_keys", "query_only", "busy_timeout")
-                ]
-            )
+            seen.append([conn.execute(f"PRAGMA {name}").fetchone()[0] for name in names])
 
         with DB.open(tmp_path / "db", read_only=True, on_connect=on_connect, timeout=2) as db:
             with ThreadPoolExecutor(1) as pool:
@@ -200,10 +194,6 @@ class TestBesideADaemon:
                 assert (count(db), count(db, "events")) == (1, 1)
             assert without_index(files_in(tmp_path)) == before
 
-    def test_a_forked_child_is_refused(self, tmp_path: Path) -> None:
-        make_wal(tmp_path / "db")
-        assert run(FORK, tmp_path / "db") == "refused\nrefused\n1\n"
-
     def test_a_file_that_is_replaced_is_not_read_by_another_thread(self, tmp_path: Path) -> None:
         make_wal(tmp_path / "db")
         make_wal(tmp_path / "other")
@@ -212,40 +202,6 @@ class TestBesideADaemon:
             for _ in range(3):
                 with pytest.raises(OpenError, match="was removed, replaced"):
                     pool.submit(count, db).result(LIMIT)
-
-
-FORK = """
-import os, sqlite3, sys, warnings
-from daemon_db import DB, OpenError
-
-warnings.simplefilter("ignore", DeprecationWarning)
-db = DB.open(sys.argv[1], read_only=True)
-child = os.fork()
-if child == 0:
-    try:
-        db.conn
-    except sqlite3.ProgrammingError as error:
-        assert "before a fork()" in str(error), error
-        os.write(1, b"refused\\n")
-    try:
-        DB.open(sys.argv[1], read_only=True)
-    except OpenError as error:
-        assert "before a fork()" in str(error), error
-        os.write(1, b"refused\\n")
-    os._exit(0)
-_, status = os.waitpid(child, 0)
-assert status == 0, status
-print(*db.conn.execute("SELECT count(*) FROM runs").fetchone(), flush=True)
-db.close()
-"""
-
-
-def make_directory(path: Path) -> None:
-    path.mkdir()
-
-
-def make_text(path: Path) -> None:
-    path.write_bytes(b"no database\n")
 
 
 def make_damaged(path: Path) -> None:
@@ -261,8 +217,6 @@ class TestRefused:
         [
             (make_nothing, None),
             (Path.touch, None),
-            (make_directory, None),
-            (make_text, "SQLITE_NOTADB"),
             (make_hot, "SQLITE_READONLY_ROLLBACK"),
             (make_damaged, "SQLITE_CORRUPT"),
         ],
@@ -284,40 +238,8 @@ class TestRefused:
         with DB.open(tmp_path / "db", read_only=True) as db:
             assert count(db) == 1
 
-    @pytest.mark.skipif(os.geteuid() != 0 or not something_is_forbidden(), reason="needs a second user")
-    @pytest.mark.parametrize("present", [(), ("-wal",)])
-    def test_a_look_leaves_nothing_in_the_owners_way(
-        self, present: tuple[str, ...], run_unprivileged: Callable[..., str]
-    ) -> None:
-        """SQLite would make a -wal and a -shm that belong to who looks, and the daemon could not write them."""
-        with public_directory() as public:
-            directory = public / "directory"
-            directory.mkdir()
-            make_wal(directory / "db")
-            for suffix in present:
-                Path(f"{directory / 'db'}{suffix}").touch(0o644)
-            directory.chmod(0o777)
-            before = files_in(directory)
-            code = """
-try:
-    with daemon_db.DB.open(sys.argv[1], read_only=True):
-        print("opened")
-except daemon_db.OpenError:
-    print("refused")
-"""
-            assert run_unprivileged(code, directory / "db") == "refused\n"
-            assert files_in(directory) == before
-
-    def test_a_backup(self, tmp_path: Path) -> None:
-        make_wal(tmp_path / "db")
-        with (
-            DB.open(tmp_path / "db", read_only=True) as db,
-            pytest.raises(sqlite3.OperationalError, match="attempt to write a readonly database"),
-        ):
-            db.conn.execute("VACUUM INTO ?", (str(tmp_path / "backup"),))
-
     def test_memory(self) -> None:
-        with pytest.raises(ValueError, match="^a :memory: database begins empty: there is nothing to read$"):
+        with pytest.raises(ValueError, match="nothing to read"):
             DB.open(":memory:", read_only=True)
 
     def test_locked(self, tmp_path: Path) -> None:
@@ -336,10 +258,7 @@ except daemon_db.OpenError:
             ("CREATE TABLE other (x)", ["other", "another program"]),
             (FIRST + "DROP INDEX idx_units_status; DROP TABLE events", ["idx_units_status", "events"]),
             (FIRST + "ALTER TABLE runs RENAME COLUMN error TO failure", ["runs.error"]),
-            (
-                FIRST.replace("status          TEXT", "status TEXT UNIQUE", 1),
-                ["runs: extra UNIQUE for status"],
-            ),
+            (FIRST.replace("status          TEXT", "status TEXT UNIQUE", 1), ["runs: extra UNIQUE for status"]),
         ],
     )
     @pytest.mark.usefixtures("first_schema")
@@ -360,6 +279,7 @@ except daemon_db.OpenError:
 
 @pytest.fixture
 def public() -> Iterator[Path]:
+    """A directory that every user can get to."""
     with public_directory() as path:
         (path / "directory").mkdir()
         yield path / "directory"
@@ -379,6 +299,7 @@ except daemon_db.OpenError as error:
     print(error.reason, getattr(error, "sqlite_errorname", ""))
 """
 
+NO_INDEX = ".* must make a -shm .*\n"
 REFUSED_TO_WRITE = "attempt to write a readonly database\n" * 2
 
 
@@ -396,17 +317,20 @@ def look(run_unprivileged: Callable[..., str], directory: Path, file_mode: int, 
 
 @pytest.mark.skipif(not something_is_forbidden(), reason="root can't become another user here")
 class TestForAUserWhoMayOnlyRead:
-    @pytest.mark.parametrize(("file_mode", "directory_mode"), [(0o444, 0o555), (0o666, 0o555)], ids=oct)
+    @pytest.mark.parametrize(("file_mode", "directory_mode"), [(0o444, 0o555), (0o666, 0o555), (0o444, 0o777)], ids=oct)
     @pytest.mark.parametrize(
         ("make", "output"),
         [
             (make_rollback, f"1\n{REFUSED_TO_WRITE}"),
             (make_killed, f"1\n{REFUSED_TO_WRITE}"),
-            (make_wal, ".* must make a -shm .*\n"),
-            (make_killed_without_index, ".* must make a -shm .*\n"),
+            (make_wal, NO_INDEX),
+            (make_killed_without_index, NO_INDEX),
+            (make_wal_and_an_empty_one, NO_INDEX),
+            (make_hot, ".* SQLITE_READONLY_ROLLBACK\n"),
         ],
+        ids=["rollback", "killed", "wal", "killed without -shm", "empty wal", "hot"],
     )
-    def test_in_a_directory_that_is_not_writable(
+    def test_where_it_may_not_write(
         self,
         make: Callable[[Path], None],
         output: str,
@@ -415,10 +339,12 @@ class TestForAUserWhoMayOnlyRead:
         run_unprivileged: Callable[..., str],
         public: Path,
     ) -> None:
+        """The file, or beside it. In a directory for all, a -shm of this user's would be in the daemon's way."""
         make(public / "db")
-        before = without_index(files_in(public))
+        before = files_in(public)
         assert re.fullmatch(output, look(run_unprivileged, public, file_mode, directory_mode))
-        assert without_index(files_in(public)) == before
+        after = files_in(public)
+        assert (after.keys(), without_index(after)) == (before.keys(), without_index(before))
 
     @pytest.mark.parametrize("directory_mode", [0o555, 0o777], ids=oct)
     def test_beside_a_daemon(self, directory_mode: int, run_unprivileged: Callable[..., str], public: Path) -> None:
@@ -428,12 +354,6 @@ class TestForAUserWhoMayOnlyRead:
             assert look(run_unprivileged, public, 0o444, directory_mode) == f"1\n{REFUSED_TO_WRITE}"
             assert files_in(public) == before
             insert_run(daemon.conn, "run-2")
-
-    def test_a_hot_journal(self, run_unprivileged: Callable[..., str], public: Path) -> None:
-        make_hot(public / "db")
-        before = files_in(public)
-        assert "SQLITE_READONLY_ROLLBACK" in look(run_unprivileged, public, 0o444, 0o555)
-        assert files_in(public) == before
 
     def test_where_it_may_write_it_leaves_nothing_behind(
         self, run_unprivileged: Callable[..., str], public: Path
@@ -453,24 +373,3 @@ class TestForAUserWhoMayOnlyRead:
         (public / f"db{suffix}").chmod(0o644)
         assert re.search(rf"{public}/db{suffix}\b(?!-)", output)
         assert files_in(public) == before
-
-
-def test_the_modification_time_stays(tmp_path: Path) -> None:
-    make_wal(tmp_path / "db")
-    os.utime(tmp_path / "db", (1_000_000_000, 1_000_000_000))
-    with DB.open(tmp_path / "db", read_only=True) as db:
-        assert count(db) == 1
-    assert (tmp_path / "db").stat().st_mtime == 1_000_000_000
-
-
-@pytest.mark.parametrize("make", [make_nothing, Path.touch])
-def test_without_create_nothing_is_made(make: Callable[[Path], None], tmp_path: Path) -> None:
-    """Of a mistyped path, say; nor of an empty file, in which nobody has begun a database."""
-    make(tmp_path / "db")
-    before, opened = files_in(tmp_path), open_files()
-    with pytest.raises(OpenError):
-        DB.open(tmp_path / "db", create=False)
-    assert (files_in(tmp_path), open_files()) == (before, opened)
-    make_wal(tmp_path / "other")
-    with DB.open(tmp_path / "other", create=False) as db:
-        insert_run(db.conn, "run-2")
