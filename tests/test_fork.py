@@ -416,7 +416,7 @@ def test_forks_while_other_threads_use_the_db(tmp_path: Path) -> None:
             threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
             for thread in threads:
                 thread.start()
-            for _ in range({rounds(5, 2000)}):
+            for _ in range({rounds(5, 500)}):
                 if not (child := fork()):
                     all_is_refused(db)
                     gc.collect()

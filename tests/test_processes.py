@@ -8,8 +8,8 @@ import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from support import (
     spare,
     start,
     together,
+    worker,
 )
 
 RUNS = _schema.expected()[1]["runs"]
@@ -65,24 +66,20 @@ FRESH = ("wal", ALL, 0)
 KEPT = ("wal", ALL, 3)
 
 
-def comes(path: Path) -> Generator[None, None, None]:
-    yield
-    with DB.open(path, timeout=0, on_connect=no_sync) as other:
-        insert_run(other.conn, "other")
-        yield
+class Other:
+    """Another one that opens the file, in this process or in another one."""
 
+    def __init__(self) -> None:
+        self.opened = ExitStack()
 
-def comes_and_goes(path: Path) -> Generator[None, None, None]:
-    yield
-    with DB.open(path, timeout=0, on_connect=no_sync) as other:
-        insert_run(other.conn, "other")
+    def comes(self, path: Path) -> None:
+        with suppress(sqlite3.OperationalError):  # the open itself has a lock just then
+            db = self.opened.enter_context(DB.open(path, timeout=0, on_connect=no_sync))
+            insert_run(db.conn, "other")
 
-
-def goes(path: Path) -> Generator[None, None, None]:
-    """The last to close a database removes its WAL."""
-    with DB.open(path, on_connect=no_sync) as other:
-        insert_run(other.conn, "other")
-        yield
+    def goes(self, _: Path) -> None:
+        """The last to close a database removes its WAL."""
+        self.opened.close()
 
 
 class Moments:
@@ -165,46 +162,51 @@ class TestTogether:
         assert found == {f"{number}-{cycle}" for number in range(8) for cycle in range(cycles)}
         assert [file.name for file in tmp_path.iterdir()] == ["db"]
 
+    @pytest.mark.parametrize("where", ["here", "in another process"])
     @pytest.mark.parametrize(
-        ("make", "other", "runs"),
+        ("make", "before", "then", "runs"),
         [
-            (make_nothing, comes, 0),
-            (make_partial, comes_and_goes, 3),
-            (make_partial_wal, comes_and_goes, 3),
-            (partial(make_wal, runs=3), comes, 3),
-            (partial(make_wal, runs=3), goes, 3),
+            (make_nothing, "", "comes", 0),
+            (make_partial, "", "comes goes", 3),
+            (make_partial_wal, "", "comes goes", 3),
+            (partial(make_wal, runs=3), "", "comes", 3),
+            (partial(make_wal, runs=3), "comes", "goes", 3),
         ],
         ids=["both make it", "rollback-journal mode", "WAL mode", "one comes to a current one", "one goes"],
     )
-    def test_another_connection_comes_or_goes_at_any_moment_of_an_open(
+    def test_another_one_comes_or_goes_at_any_moment_of_an_open(
         self,
         make: Callable[[Path], None],
-        other: Callable[[Path], Generator[None, None, None]],
+        before: str,
+        then: str,
         runs: int,
+        where: str,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        template = tmp_path / "template"
+        def take(steps: str) -> None:
+            for step in steps.split():
+                if where == "here":
+                    getattr(here, step)(path)
+                else:
+                    in_another_process(f"other.{step}(sys.argv[1])", path)
+
+        template, here = tmp_path / "template", Other()
         make(template)
-        for moment in itertools.count(1):
-            path = copy(template, tmp_path / f"{moment}.db")
-            steps = other(path)
-            next(steps)
-
-            def step(steps: Generator[None, None, None] = steps) -> None:
-                with suppress(sqlite3.OperationalError):  # the open itself has a lock just then
-                    next(steps, None)
-
-            with monkeypatch.context() as patch:
-                moments = Moments(path, moment, step, patch)
-                db = DB.open(path, on_connect=no_sync)
-            with db:
-                assert state(db.conn) in (("wal", ALL, runs), ("wal", ALL, runs + 1))
-                assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-            steps.close()
-            assert moments.errors == []
-            if moments.moments_left > 0:
-                break
+        with worker("from test_processes import Other; other = Other()") as in_another_process:
+            for moment in itertools.count(1):
+                path = copy(template, tmp_path / f"{moment}.db")
+                take(before)
+                with monkeypatch.context() as patch:
+                    moments = Moments(path, moment, partial(take, then), patch)
+                    db = DB.open(path, on_connect=no_sync)
+                with db:
+                    assert state(db.conn) in (("wal", ALL, runs), ("wal", ALL, runs + 1))
+                    assert db.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+                take("goes")
+                assert moments.errors == []
+                if moments.moments_left > 0:
+                    break
         assert moment > 10
 
 

@@ -43,7 +43,7 @@ def open_file(state: State) -> Connection:
             _guard.refuse_or_put_aside(file)
         read_first(conn)
         file.remember_id()  # it must be the same: the read opens the WAL by the file's name
-        had_wal = is_in_wal_mode(conn, file)
+        had_wal = is_in_wal_mode(conn)
         if had_wal:
             conn.join_guard()
         missing = _schema.missing(conn, file.path)
@@ -83,7 +83,7 @@ def open_another(state: State) -> Connection:
         state.look()
         read_first(conn)
         state.look()  # the file may have been replaced between the first look and SQLite's
-        if is_in_wal_mode(conn, file):
+        if is_in_wal_mode(conn):
             conn.join_guard()
         elif not file.read_only:  # it was in WAL mode: so this is another file, which has the inode of a removed one
             raise file.replaced()
@@ -110,10 +110,8 @@ def read_first(conn: sqlite3.Connection) -> None:
     conn.execute("PRAGMA schema_version")  # unlike journal_mode, it doesn't parse the schema
 
 
-def is_in_wal_mode(conn: sqlite3.Connection, file: File) -> bool:
-    """Whether the first read has opened a WAL."""
-    if file.wal_size():  # the quicker question; an empty -wal SQLite takes for none, if the file isn't in WAL mode
-        return True
+def is_in_wal_mode(conn: sqlite3.Connection) -> bool:
+    """Whether this connection has the WAL open. The file's own -wal doesn't tell: it may be newer than the last read."""
     return bool(conn.execute("PRAGMA journal_mode").fetchone() == ("wal",))
 
 
