@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon_db import DB, OpenError, _schema
+from daemon_db import DB, OpenError, _guard, _schema
 from support import (
     LIMIT,
     append_event,
@@ -549,3 +549,56 @@ def test_what_on_connect_binds_to_the_connection_goes_with_its_thread(tmp_path: 
     before = open_files()
     in_thread(work)
     assert open_files() == before
+
+
+@pytest.mark.parametrize("moment", ["sqlite3.connect", "sqlite3.connect/handle"])
+def test_control_c_while_sqlite_opens_the_file_leaves_none_open(moment: str, tmp_path: Path) -> None:
+    code = """
+import gc, signal, sys
+from daemon_db import DB
+from support import open_files
+
+def interrupt(event, _):
+    if event == sys.argv[2] and before:
+        signal.raise_signal(signal.SIGINT)
+
+before = []
+DB.open(sys.argv[1]).close()
+sys.addaudithook(interrupt)
+before = open_files()
+try:
+    DB.open(sys.argv[1])
+    raise AssertionError
+except KeyboardInterrupt:
+    pass
+gc.collect()
+assert open_files() == before
+"""
+    run(code, tmp_path / "daemon.db", moment)
+
+
+def test_a_thread_that_is_renamed_closes_its_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with DB.open(tmp_path / "daemon.db"):
+        monkeypatch.setattr(threading.current_thread(), "name", "renamed")
+    assert list(files_in(tmp_path)) == ["daemon.db"]
+
+
+def test_a_connection_whose_close_was_interrupted_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with DB.open(tmp_path / "daemon.db") as db:
+        conn = db.conn
+        monkeypatch.setattr(_guard.Guard, "leave", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            conn.close()
+        monkeypatch.undo()
+        assert db.conn is not conn
+
+
+def test_a_connection_that_is_closed_again_gives_no_turn_back(tmp_path: Path) -> None:
+    with DB.open(tmp_path / "daemon.db", timeout=0) as db:
+        closed = db.conn
+        closed.close()
+        with db.transaction():
+            closed.close()
+            with pytest.raises(sqlite3.OperationalError, match="locked") as caught:
+                in_thread(lambda: db.transaction().__enter__())
+            assert "for the transaction() of another thread" in caught.value.__notes__[0]

@@ -830,6 +830,7 @@ def _(path: Path) -> None:
     db = DB.open(path)
     with patch.object(_guard.fcntl, "lockf", lockf):
         db.close()
+    assert Path(f"{path}-wal").exists()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 "The others" are the `sqlite3` program, which looks, and another process with a `DB`, which writes. Both close.
 """
 
+import errno
 import fcntl
 import importlib.util
 import logging
@@ -13,12 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from daemon_db import DB, OpenError, _guard, _opening, _process
+from daemon_db import DB, OpenError, _guard, _opening, _process, _schema
 from daemon_db._connection import thread
 from daemon_db._file import File
 from support import (
@@ -28,10 +31,12 @@ from support import (
     files_in,
     in_thread,
     insert_run,
+    make_nothing,
     make_rollback,
     make_wal,
     open_files,
     rounds,
+    run,
     runs_in,
     start,
 )
@@ -443,6 +448,53 @@ def test_what_is_known_of_closed_files_is_forgotten(tmp_path: Path) -> None:
         assert len(_process.this_process().guards) <= known + 1
 
 
+@pytest.mark.usefixtures("sqlite3_program")
+@has_lock
+@pytest.mark.parametrize(("step", "make"), [("missing", make_wal), ("update", make_nothing)])
+def test_the_lock_is_taken_before_this_step(
+    step: str, make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's own are dropped at its end, and another program looks."""
+
+    def take_step_and_look(*arguments: object) -> object:
+        result = take_step(*arguments)
+        open(path, "rb").close()
+        look(path)
+        return result
+
+    path, take_step = tmp_path / "daemon.db", getattr(_schema, step)
+    make(path)
+    monkeypatch.setattr(_schema, step, take_step_and_look)
+    with DB.open(path) as db:
+        insert_run(db.conn, "run-2")
+        assert Path(f"{path}-wal").exists()
+
+
+def test_another_thread_connects_in_the_middle_of_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes the -wal that this one has not found: nothing is lost."""
+
+    def ask_and_connect(name: str) -> os.stat_result | None:
+        monkeypatch.undo()
+        status = _guard.status_of(name)
+        pool.submit(lambda: db.conn).result(LIMIT)
+        return status
+
+    # The thread that opened it has ended, and its connection with it.
+    with in_thread(lambda: DB.open(tmp_path / "daemon.db")) as db, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(_guard, "status_of", ask_and_connect)
+        insert_run(db.conn)
+
+
+def test_the_header_of_another_file_is_not_asked(tmp_path: Path) -> None:
+    """That may be open at the number of a descriptor that another thread has just closed."""
+    make_wal(tmp_path / "daemon.db")
+    make_rollback(tmp_path / "other.db")
+    file = File(str(tmp_path / "daemon.db"), read_only=False, create=False)
+    file.remember_id()
+    with open(tmp_path / "other.db", "rb") as other:
+        assert _guard._journal_mode(other.fileno(), file) is None
+
+
 # Without the lock, as on a system that has none
 
 
@@ -518,6 +570,39 @@ def test_where_the_lock_is_not_to_be_had_one_line_says_so(
     assert (first.levelname, second.levelname) == ("INFO", "INFO")
     assert "there is no lock" in first.getMessage()
     assert "created" in second.getMessage()
+
+
+@has_lock
+def test_half_a_lock_is_none(clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the -shm can be locked, and the file can't, each transaction looks."""
+
+    def lock(descriptor: int, kind: int, area: tuple[int, int]) -> None:
+        if area == _guard._SHARED:
+            raise OSError(errno.ENOLCK, "no locks")
+        set_lock(descriptor, kind, area)
+
+    set_lock = _guard._set
+    monkeypatch.setattr(_guard, "_set", lock)
+    with DB.open(tmp_path / "daemon.db") as db:
+        with db.transaction() as conn:
+            insert_run(conn)
+        os.remove(f"{db.path}-wal")
+        with pytest.raises(OpenError, match=LOST), db.transaction():
+            pass
+
+
+def test_without_the_lock_a_backup_that_was_copied_into_the_file_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_guard, "_SETLK", None)
+    path = tmp_path / "daemon.db"
+    with DB.open(path) as db:
+        insert_run(db.conn)
+        copy_a_backup_into_it(db.path)
+        backup = path.read_bytes()
+        with pytest.raises(OpenError, match=LOST):
+            DB.open(path, timeout=0)
+    assert path.read_bytes() == backup
 
 
 # Removed by hand
@@ -924,6 +1009,19 @@ def test_a_daemon_that_only_reads_stays_up_to_date(forks: Forks, tmp_path: Path)
                 assert count() == in_thread(count) == 1 + 20 * (number + 1) + 60 * read_only
 
 
+@has_lock
+def test_what_another_process_has_committed_to_a_new_wal_beside_the_same_index_stays(tmp_path: Path) -> None:
+    path = tmp_path / "daemon.db"
+    with DB.open(path) as db:
+        insert_run(db.conn)
+        db.conn.execute("PRAGMA wal_checkpoint")  # so that the next commit begins the WAL anew
+        os.remove(f"{path}-wal")
+        assert run(OTHER, path, 3, "other").endswith("done\n")
+    with closing(sqlite3.connect(path)) as conn:
+        assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert conn.execute("SELECT count(*) FROM runs").fetchone() == (4,)
+
+
 # Closing
 
 
@@ -961,6 +1059,22 @@ def test_a_connection_whose_generator_another_thread_has_closed_leaves_nothing_b
         next(generator)
         in_thread(generator.close)  # type: ignore[attr-defined]
     assert list(files_in(tmp_path)) == ["daemon.db"]
+
+
+def test_no_other_thread_joins_while_the_last_connection_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock of the one that joins would be given back with that of the one that leaves."""
+
+    def ask_and_leave(guard: _guard.Guard, *arguments: Any) -> None:
+        free.append(in_thread(lambda: guard.mutex.acquire(blocking=False)))
+        leave(guard, *arguments)
+
+    free: list[bool] = []
+    leave = _guard.Guard.leave
+    monkeypatch.setattr(_guard.Guard, "leave", ask_and_leave)
+    DB.open(tmp_path / "daemon.db").close()
+    assert free == [False]
 
 
 # Forks, and programs that are started

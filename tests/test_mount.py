@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -211,6 +212,28 @@ except OpenError as error:
     assert said.endswith(" SQLITE_BUSY\n")
 
 
+def test_an_interrupt_of_the_close_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the one that closes where the first read in WAL mode has failed."""
+
+    def interrupt(*_: object) -> None:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+
+    def fail(conn: sqlite3.Connection) -> None:
+        if (tmp_path / "db").read_bytes()[18:20] == b"\2\2":
+            raise OSError
+        read_first(conn)
+
+    make_rollback(tmp_path / "db")
+    read_first = _opening.read_first
+    monkeypatch.setattr(_opening, "read_first", fail)
+    monkeypatch.setattr(_opening.Connection, "close", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        DB.open(tmp_path / "db")
+    assert (tmp_path / "db").read_bytes()[18:20] == b"\1\1"
+    assert files_in(tmp_path).keys() == {"db"}
+
+
 # A moment without descriptors
 
 OPENED_TO_READ = """
@@ -367,6 +390,26 @@ def test_scarce_descriptors(tmp_path: Path) -> None:
     count, errors = map(int, run(SCARCE, tmp_path / "db", rounds(1, 30)).split())
     assert count > 20
     assert errors > 0  # else they were not scarce
+
+
+READER_FIRST = """
+path, fault = sys.argv[1:]
+fail(fault)
+with DB.open(path, read_only=True), DB.open(path) as db:
+    try:
+        with db.transaction() as conn:
+            insert_run(conn, "run-new")
+    except sqlite3.OperationalError as error:
+        print(error, *getattr(error, "__notes__", ()))
+"""
+
+
+def test_a_reader_that_opened_the_index_for_reading_only(run_failing: Callable[..., str], tmp_path: Path) -> None:
+    """All connections of the process have that one, then."""
+    with DB.open(tmp_path / "db") as daemon:
+        insert_run(daemon.conn)
+        said = run_failing(READER_FIRST, tmp_path / "db", f"open -shm {errno.EMFILE} 0 1")
+    assert said.startswith("attempt to write a readonly database") and "for reading only" in said
 
 
 # Mounted by itself

@@ -18,6 +18,7 @@ from support import (
     append_event,
     end,
     files_in,
+    in_thread,
     insert_run,
     make_hot,
     make_killed,
@@ -26,6 +27,7 @@ from support import (
     make_wal,
     open_files,
     public_directory,
+    run,
     something_is_forbidden,
     spare,
     start,
@@ -210,6 +212,17 @@ def make_damaged(path: Path) -> None:
         file.seek(100)
         file.write(b"\xff" * 100)
 
+    def test_a_file_that_another_program_takes_out_of_wal_mode(self, tmp_path: Path) -> None:
+        """After a killed daemon's WAL was left there, and no thread had it open."""
+        make_killed(tmp_path / "db")
+        with in_thread(lambda: DB.open(tmp_path / "db", read_only=True)) as db:
+            run(
+                "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('PRAGMA journal_mode=DELETE')",
+                tmp_path / "db",
+            )
+            with db.snapshot() as conn:
+                assert conn.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+
 
 class TestRefused:
     @pytest.mark.parametrize(
@@ -361,6 +374,13 @@ class TestForAUserWhoMayOnlyRead:
         make_wal(public / "db")
         before = files_in(public)
         assert look(run_unprivileged, public, 0o666, 0o777) == f"1\n{REFUSED_TO_WRITE}"
+        assert files_in(public) == before
+
+    def test_an_empty_wal_is_none(self, run_unprivileged: Callable[..., str], public: Path) -> None:
+        make_rollback(public / "db")
+        (public / "db-wal").touch()
+        before = files_in(public)
+        assert look(run_unprivileged, public, 0o444, 0o555) == f"1\n{REFUSED_TO_WRITE}"
         assert files_in(public) == before
 
     @pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])

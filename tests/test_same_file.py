@@ -27,6 +27,7 @@ from support import (
     in_thread,
     insert_run,
     make_killed,
+    make_rollback,
     make_wal,
     no_sync,
     open_files,
@@ -529,6 +530,35 @@ def test_two_hard_links(tmp_path: Path) -> None:
         insert_run(db.conn, "run-3")
     with DB.open(tmp_path / "other.db") as db:
         assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (3,)
+
+
+@pytest.mark.parametrize("removed", ["-wal", "-shm"])
+def test_nor_where_only_one_of_them_is_left(removed: str, file: Path) -> None:
+    with DB.open(file) as db:
+        insert_run(db.conn)
+        os.remove(file)
+        os.remove(f"{file}{removed}")
+        with pytest.raises(OpenError, match=GONE):
+            DB.open(file)
+
+
+def test_also_where_the_process_has_another_db_without_connections(file: Path) -> None:
+    with in_thread(lambda: DB.open(file.with_name("another.db"))), DB.open(file) as db:
+        insert_run(db.conn)
+        put_another_in_its_place(file)
+        with pytest.raises(OpenError, match=GONE):
+            DB.open(file)
+
+
+def test_a_backup_that_was_copied_into_the_file_while_no_thread_had_it_open(file: Path) -> None:
+    """The inode is the same. What it is not in is WAL mode."""
+    with in_thread(lambda: DB.open(file)) as db:
+        make_rollback(file.with_name("backup.db"))
+        shutil.copyfile(file.with_name("backup.db"), file)
+        before = files_in(file.parent)
+        with pytest.raises(OpenError, match=GONE):
+            insert_run(db.conn, "run-2")
+    assert files_in(file.parent) == before
 
 
 # A -wal without its file

@@ -299,6 +299,8 @@ def test_what_can_not_be_added_is_named_and_nothing_is(
         assert "rows are as they were" in caught.value.reason
         assert why == NO_CONSTRAINTS or isinstance(caught.value.__cause__, sqlite3.Error)
         assert contents(path) == before
+        with closing(sqlite3.connect(path)) as conn:
+            assert conn.execute("PRAGMA journal_mode").fetchone() == (journal_mode,)
 
 
 @pytest.mark.parametrize(

@@ -285,17 +285,19 @@ def test_an_error_of_the_checkpoint_that_is_no_reader(db: DB, caplog: pytest.Log
 
 
 def test_a_logging_handler_may_write_to_the_database(db: DB, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And holds up no other thread."""
+
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             with db.transaction() as conn:
                 append_event(conn)
+            in_thread(lambda: grow(db))
 
     logger = logging.getLogger("daemon_db")
     monkeypatch.setattr(logger, "handlers", [Handler()])
     with in_another_thread(db):
         grow_until(db, lambda size: size > LOW)
     assert db.conn.execute("SELECT count(*) FROM events").fetchone() == (1,)
-    in_thread(lambda: grow(db))  # the turn is free
 
 
 # By the clock

@@ -5,9 +5,13 @@ descriptor of the -shm. `DAEMON_DB_LONG=1` in the environment makes it go on for
 """
 
 import contextlib
+import fcntl
 import importlib
+import os
 import shutil
+import signal
 import sqlite3
+import struct
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +24,7 @@ import pytest
 from daemon_db import DB, _guard
 from daemon_db._wait import now
 from daemon_db.db import LONG
-from support import LIMIT, insert_run, join, no_sync, rounds, runs, runs_in, wait_for, worker
+from support import LIMIT, in_thread, insert_run, join, make_wal, no_sync, rounds, runs, runs_in, wait_for, worker
 
 pytestmark = pytest.mark.skipif(_guard._SETLK is None, reason="this system has no locks of an open file description")
 
@@ -256,3 +260,84 @@ def test_a_block_that_reads_by_a_begin_of_its_own_has_no_lock_to_lose(
                 raise ZeroDivisionError
         other(COMMIT_AND_BEGIN, 0, 0)
     check(db, {"ours", *others(0, 0)})
+
+
+def test_a_block_that_reads_by_a_begin_of_its_own_beside_a_writer(db: DB, other: Callable[..., str]) -> None:
+    with DB.open(db.path):  # which keeps the -shm open
+        with db.transaction() as conn:
+            conn.execute("COMMIT")
+            conn.execute("BEGIN")
+            conn.execute("SELECT * FROM runs").fetchall()
+            other(COMMIT_AND_BEGIN, 0, 1)
+            make_long()
+    other(END, 0, 1)
+    check(db, others(0, 1))
+
+
+def test_a_reader_that_closes_within_a_begin_of_its_own_takes_no_lock(db: DB, other: Callable[..., str]) -> None:
+    with DB.open(db.path, read_only=True) as reader:
+        reader.conn.execute("BEGIN")
+        reader.conn.execute("SELECT * FROM runs").fetchall()
+    other(COMMIT_AND_BEGIN, 0, 0)
+    check(db, others(0, 0))
+
+
+def test_the_rollback_does_not_wait_for_ever(
+    db: DB, path: Path, other: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        with db.transaction() as conn:
+            insert_run(conn)
+            open_and_close(path)
+            other(COMMIT_AND_BEGIN, 0, 1)  # and it goes on
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(_guard, "_PATIENCE", 0.01)
+    with pytest.raises(ZeroDivisionError):
+        in_thread(fail)
+    other("block.pop_all()")
+
+
+def test_the_connection_whose_lock_was_dropped_is_not_used_again(db: DB, other: Callable[..., str]) -> None:
+    """What it has in memory is from before the others' commits."""
+    with pytest.raises(sqlite3.OperationalError), block_with_a_drop(db, open_and_close, other, 0, 0):
+        conn = db.conn
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        conn.execute("SELECT id FROM runs")
+
+
+def test_control_c_while_the_rollback_waits(db: DB, other: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_guard.Guard, "take_write_lock", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt), block_with_a_drop(db, open_and_close, other, 0, 0):
+        conn = db.conn
+    assert db.conn is not conn
+    check(db, others(0, 0))
+
+
+def test_a_lock_of_which_the_system_names_the_server_is_this_processs(db: DB, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CephFS does, of which no test can have one."""
+
+    def ask(descriptor: int, command: int, *arguments: bytes) -> object:
+        answer = ask_system(descriptor, command, *arguments)
+        if command == fcntl.F_OFD_GETLK:
+            answer = struct.pack(_guard._FLOCK, *struct.unpack(_guard._FLOCK, answer)[:4], -4711)
+        return answer
+
+    ask_system = fcntl.fcntl
+    monkeypatch.setattr(_guard.fcntl, "fcntl", ask)
+    with db.transaction() as conn:
+        insert_run(conn)
+        make_long()
+
+
+def test_a_descriptor_that_another_sqlite_library_had_is_not_asked(path: Path) -> None:
+    make_wal(path)
+    other = pytest.importorskip("apsw").Connection(str(path))
+    other.execute("SELECT count(*) FROM runs").fetchall()
+    with DB.open(path) as db, contextlib.ExitStack() as stack:
+        other.close()
+        for _ in range(10):  # one of them gets its number
+            stack.enter_context(open(os.devnull))
+        with db.transaction() as conn:
+            insert_run(conn, "run-2")
+            make_long()

@@ -125,8 +125,8 @@ class Connection(sqlite3.Connection):
 
     def close_in_its_thread(self) -> None:
         """As `close`, also where the thread is ending, and doesn't know itself any more."""
-        if self.state.pid != os.getpid() or not this_process().has_open(self):
-            return  # the parent's, or closed already
+        if not this_process().has_open(self):
+            return  # closed already, or the parent's
         is_refused = self.stage is OPENING
         if not is_refused:  # a signal may interrupt this, and the next attempt must know both
             self.stage = SPENT
@@ -141,8 +141,7 @@ class Connection(sqlite3.Connection):
             if guard is None or self._leave(guard, is_refused):
                 super().close()
                 this_process().remove(self)
-        if self._threads_connections.get(self.state) is self:
-            del self._threads_connections[self.state]
+        self._threads_connections.pop(self.state, None)
         with contextlib.suppress(RuntimeError):  # this thread doesn't have the turn
             self.state.turn.release()
 

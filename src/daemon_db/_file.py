@@ -95,7 +95,7 @@ class File:
         But such a connection plays a hot journal back.
         """
         mode = "rwc" if self.id is None else "rw"
-        if self.read_only and (os.path.exists(f"{self.real_path}-journal") or not self.is_writable()):
+        if self.read_only and os.path.exists(f"{self.real_path}-journal"):
             mode = "ro"
         escaped = self.real_path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
         # "//" is followed by a host, here by none: without it, a path that begins with two slashes would name a host

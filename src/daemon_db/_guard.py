@@ -146,6 +146,7 @@ class Guard:
             self._put_wal_aside_if_replaced(file)
             if not keeps_lock:
                 self._unlock(file)
+            self._locks = {}  # SQLite closes these descriptors now: another file may get their numbers
 
     def may_checkpoint(self, file: File) -> bool:
         """Whether a checkpoint at the last close overwrites nothing that others have committed.
@@ -169,7 +170,7 @@ class Guard:
     def _put_wal_aside_if_replaced(self, file: File) -> None:
         """Rename the WAL if another file is at the path: SQLite would play the WAL over that file."""
         is_replaced = find_id(file.real_path) not in (None, file.id) or self._is_overwritten(file)
-        if is_replaced and not file.read_only and file.wal_id() == self._wal_id is not None:
+        if is_replaced and not file.read_only:
             try:
                 file.put_wal_aside(errors.WAL_OF_ANOTHER, self._wal_id)
             except OpenError as error:  # close() raises nothing

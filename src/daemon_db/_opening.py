@@ -111,7 +111,7 @@ def read_first(conn: sqlite3.Connection) -> None:
 
 
 def is_in_wal_mode(conn: sqlite3.Connection) -> bool:
-    """Whether this connection has the WAL open. The file's own -wal doesn't tell: it may be newer than the last read."""
+    """Whether this connection has the WAL open. The -wal beside the file may be newer than this one's last read."""
     return bool(conn.execute("PRAGMA journal_mode").fetchone() == ("wal",))
 
 

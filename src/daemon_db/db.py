@@ -334,7 +334,7 @@ class DB:
             conn.close()
         elif has_ended_itself:
             error.add_note(f"{self.path}: {errors.NO_TRANSACTION}")
-        if primary_code(error) == sqlite3.SQLITE_READONLY and not isinstance(error, OpenError):
+        if primary_code(error) == sqlite3.SQLITE_READONLY:
             if self._state.file.read_only:
                 error.add_note(f"{self.path}: {errors.OPENED_READ_ONLY}")
             elif self._state.guard and self._state.guard.is_read_only(self._state.file):
