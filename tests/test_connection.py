@@ -554,9 +554,11 @@ def test_what_on_connect_binds_to_the_connection_goes_with_its_thread(tmp_path: 
 @pytest.mark.parametrize("moment", ["sqlite3.connect", "sqlite3.connect/handle"])
 def test_control_c_while_sqlite_opens_the_file_leaves_none_open(moment: str, tmp_path: Path) -> None:
     code = """
-import gc, signal, sys
+import gc, signal, sys, warnings
 from daemon_db import DB
 from support import open_files
+
+warnings.simplefilter("ignore", ResourceWarning)  # Python's, from 3.13 on, when it frees the connection
 
 def interrupt(event, _):
     if event == sys.argv[2] and before:
