@@ -255,7 +255,7 @@ CONSTRAINT_CONFLICTS = {
         schema(runs=("tasks_dir TEXT NOT NULL", "tasks_dir TEXT NOT NULL UNIQUE")),
         "runs: extra UNIQUE for tasks_dir",
     ),
-    # It refuses no row that this version writes: that isn't seen.
+    # Refused, though it refuses no row that this version writes: that isn't seen.
     "extra unique constraint on our and an extra nullable column": (
         schema(runs=(RUNS_UNIQUE, f", shard TEXT{RUNS_UNIQUE}, UNIQUE(tasks_dir, shard)")),
         "runs: extra UNIQUE for shard, tasks_dir",

@@ -74,7 +74,7 @@ APSW = pytest.param(
 
 def look(path: object, check: bool = True) -> None:
     """As another program does that opens the file, reads and closes it."""
-    command = ["sqlite3", "-cmd", ".timeout 60000", path, "SELECT count(*) FROM runs"]
+    command = ["sqlite3", "-cmd", f".timeout {1000 * LIMIT}", path, "SELECT count(*) FROM runs"]
     subprocess.run(command, check=check, capture_output=True, timeout=LIMIT)
 
 
@@ -591,6 +591,7 @@ def test_half_a_lock_is_none(clock: list[float], tmp_path: Path, monkeypatch: py
             pass
 
 
+@has_lock
 def test_without_the_lock_a_backup_that_was_copied_into_the_file_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1153,7 +1154,7 @@ join(thread)
 PARENT = """
 import os, signal, subprocess, sys, time, warnings
 from daemon_db import DB
-from support import insert_run
+from support import LIMIT, insert_run
 
 warnings.simplefilter("ignore")
 path, how = sys.argv[1:]
@@ -1164,12 +1165,11 @@ if how == "fork":
     if child == 0:
         os.close(1)
         os.close(2)
-        signal.alarm(60)
-        time.sleep(60)
+        time.sleep(10 * LIMIT)
         os._exit(0)
 else:
     nowhere = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(["sleep", "60"], close_fds=how == "subprocess", **nowhere)
+    process = subprocess.Popen(["sleep", str(10 * LIMIT)], close_fds=how == "subprocess", **nowhere)
     child = process.pid
 print(child, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

@@ -53,7 +53,7 @@ def failing_calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 FAIL = """
-import itertools, logging, os, sqlite3, sys, threading
+import itertools, logging, os, sqlite3, sys, threading, time
 from contextlib import closing
 from pathlib import Path
 
@@ -221,6 +221,7 @@ def test_an_interrupt_of_the_close_after_it(tmp_path: Path, monkeypatch: pytest.
 
     def fail(conn: sqlite3.Connection) -> None:
         if (tmp_path / "db").read_bytes()[18:20] == b"\2\2":
+            read_first(conn)
             raise OSError
         read_first(conn)
 
@@ -279,10 +280,15 @@ def test_what_this_process_opens_for_reading_only_by_sqlite3_alone(tmp_path: Pat
 
 
 FIRST_REFUSED_WRITE = """
+from daemon_db.db import LONG
+
 path, other, fault = sys.argv[1:]
 
 
 def write_twice():
+    if "-wal" not in fault:  # else it can't begin
+        with db.transaction():  # a long one that only reads: it has no lock to lose
+            time.sleep(2 * LONG)
     try:
         with db.transaction() as conn:
             insert_run(conn, "run-new")
@@ -317,7 +323,7 @@ def test_the_first_refused_write_finds_it_out(
 SCARCE = """
 import os, random, resource, sqlite3, sys, threading, time
 from daemon_db import DB
-from support import append_event, insert_run, join
+from support import LIMIT, append_event, insert_run, join
 
 path, seconds = sys.argv[1], float(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -359,7 +365,7 @@ def work():
             except RuntimeError:
                 continue
             helper.join()
-    barrier.wait(60)
+    barrier.wait(LIMIT)
     # There are enough descriptors now. A connection that can't write is found out by the first refused write.
     for attempt in range(2):
         try:
@@ -373,7 +379,7 @@ def work():
 threads = [threading.Thread(target=work) for _ in range(20)]
 for thread in threads:
     thread.start()
-barrier.wait(120)
+barrier.wait(LIMIT)
 join(*threads)
 db.close()
 assert not unexpected, unexpected

@@ -31,6 +31,8 @@ from support import (
     unprivileged,
 )
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SQLite's own descriptor is found in /proc")
+
 OLD = [f"old-{number}" for number in range(20)]
 """The runs that are in the backup."""
 NEW = [f"new-{number}" for number in range(400)]

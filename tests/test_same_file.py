@@ -298,6 +298,24 @@ def test_the_new_file_is_not_opened_before_the_old_one_is_closed(change: Callabl
         assert runs(new) == (set() if is_gone else {"run-1"})
 
 
+@pytest.mark.parametrize("removed", ["-wal", "-shm"])
+def test_nor_where_only_one_of_them_is_left(removed: str, file: Path) -> None:
+    with DB.open(file) as db:
+        insert_run(db.conn)
+        os.remove(file)
+        os.remove(f"{file}{removed}")
+        with pytest.raises(OpenError, match=GONE):
+            DB.open(file)
+
+
+def test_also_where_the_process_has_another_db_without_connections(file: Path) -> None:
+    with in_thread(lambda: DB.open(file.with_name("another.db"))), DB.open(file) as db:
+        insert_run(db.conn)
+        put_another_in_its_place(file)
+        with pytest.raises(OpenError, match=GONE):
+            DB.open(file)
+
+
 def test_nor_before_what_the_threads_of_the_closed_one_have_in_memory_is_removed(file: Path) -> None:
     def work() -> int:
         conn = db.conn
@@ -532,26 +550,8 @@ def test_two_hard_links(tmp_path: Path) -> None:
         assert db.conn.execute("SELECT count(*) FROM runs").fetchone() == (3,)
 
 
-@pytest.mark.parametrize("removed", ["-wal", "-shm"])
-def test_nor_where_only_one_of_them_is_left(removed: str, file: Path) -> None:
-    with DB.open(file) as db:
-        insert_run(db.conn)
-        os.remove(file)
-        os.remove(f"{file}{removed}")
-        with pytest.raises(OpenError, match=GONE):
-            DB.open(file)
-
-
-def test_also_where_the_process_has_another_db_without_connections(file: Path) -> None:
-    with in_thread(lambda: DB.open(file.with_name("another.db"))), DB.open(file) as db:
-        insert_run(db.conn)
-        put_another_in_its_place(file)
-        with pytest.raises(OpenError, match=GONE):
-            DB.open(file)
-
-
 def test_a_backup_that_was_copied_into_the_file_while_no_thread_had_it_open(file: Path) -> None:
-    """The inode is the same. What it is not in is WAL mode."""
+    """The inode is the same, but the file isn't in WAL mode."""
     with in_thread(lambda: DB.open(file)) as db:
         make_rollback(file.with_name("backup.db"))
         shutil.copyfile(file.with_name("backup.db"), file)

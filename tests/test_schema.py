@@ -181,7 +181,7 @@ def test_the_wal_of_a_killed_process_is_not_checkpointed_into_a_refused_file(
         assert conn.execute("SELECT text FROM notes").fetchall() == [("in the WAL",)]
 
 
-def test_what_another_process_changes_meanwhile_is_seen_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_what_another_connection_changes_meanwhile_is_seen_whole_or_not_at_all(tmp_path: Path) -> None:
     """At any moment: before each statement, and each pragma that one asks."""
     template = create(tmp_path / "template", HARMLESS["extra column added"], "wal")
     found = []

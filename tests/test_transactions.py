@@ -555,9 +555,15 @@ def test_signals_in_a_row_leave_no_transaction_open(count: int, gap: float, tmp_
     assert process.returncode == 0, errors
 
 
-def test_a_write_that_another_db_refuses_leaves_this_connection_as_it_is(db: DB) -> None:
+def test_a_write_that_another_db_refuses_leaves_this_connection_as_it_is(db: DB, tmp_path: Path) -> None:
+    """That something else is open for reading only explains nothing."""
     insert_run(db.conn)
-    with DB.open(db.path, read_only=True) as reader:
+    DB.open(tmp_path / "other").close()
+    with (
+        DB.open(db.path, read_only=True) as reader,
+        contextlib.closing(sqlite3.connect(f"{(tmp_path / 'other').as_uri()}?mode=ro", uri=True)) as other,
+    ):
+        other.execute("SELECT * FROM runs").fetchall()
         conn = db.conn
         with pytest.raises(sqlite3.OperationalError, match="readonly") as raised, db.transaction():
             reader.conn.execute("DELETE FROM runs")

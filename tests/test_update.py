@@ -505,7 +505,7 @@ for _ in range(int(sys.argv[2]) - 1):
 print("ready", flush=True)
 os.read(0, 1)
 for path in sys.argv[4:]:
-    with daemon_db.DB.open(path, timeout=600) as db:
+    with daemon_db.DB.open(path, timeout=int(sys.argv[3])) as db:
         with db.transaction() as conn:
             conn.execute(
                 "INSERT INTO runs (id, feature_branch, repo_path, target_branch, tasks_dir, parallelism, status)"

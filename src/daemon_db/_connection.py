@@ -133,15 +133,14 @@ class Connection(sqlite3.Connection):
         with contextlib.suppress(sqlite3.Error):  # if ROLLBACK fails, SQLite's close rolls back
             # Without this, SQLite keeps the write lock after its close, as long as a cursor has rows to fetch.
             if self.in_transaction:
-                if self.has_lost_lock():
-                    self.take_lock_again()
                 self.execute("ROLLBACK")
         guard = self.state.guard
         with guard.mutex if guard else contextlib.nullcontext():
             if guard is None or self._leave(guard, is_refused):
                 super().close()
                 this_process().remove(self)
-        self._threads_connections.pop(self.state, None)
+        if self._threads_connections.get(self.state) is self:  # a signal's handler may have opened another one
+            del self._threads_connections[self.state]
         with contextlib.suppress(RuntimeError):  # this thread doesn't have the turn
             self.state.turn.release()
 
