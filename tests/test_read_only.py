@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,6 @@ from support import (
     make_wal,
     open_files,
     public_directory,
-    run,
     something_is_forbidden,
     spare,
     start,
@@ -206,12 +206,15 @@ class TestBesideADaemon:
                 with pytest.raises(OpenError, match="was removed, replaced"):
                     pool.submit(count, db).result(LIMIT)
 
+    @pytest.mark.usefixtures("sqlite3_program")
     def test_a_file_that_another_program_takes_out_of_wal_mode(self, tmp_path: Path) -> None:
         """After a killed daemon's WAL was left there, and no thread had it open."""
         path = tmp_path / "db"
         make_killed(path)
         with in_thread(lambda: DB.open(path, read_only=True)) as db:
-            run("import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('PRAGMA journal_mode=DELETE')", path)
+            subprocess.run(
+                ["sqlite3", path, "PRAGMA journal_mode=DELETE"], check=True, capture_output=True, timeout=LIMIT
+            )
             with db.snapshot() as conn:
                 assert conn.execute("SELECT count(*) FROM runs").fetchone() == (1,)
 
